@@ -1,0 +1,396 @@
+"""The ledger's transitions on a real PostgreSQL: what is promised holds, what must not be is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import IntegrityError, ProgrammingError
+
+from tests import ledger_jobs as jobs
+from virnucpro_core.errors import JobError, StaleLeaseError, WeightsError
+from virnucpro_core.ledger import queries, registration, transitions, waiters, workers
+from virnucpro_core.ledger.database import in_transaction, open_ledger
+from virnucpro_core.ledger.jobs import cancel, resume
+from virnucpro_core.ledger.transitions import Declined
+from virnucpro_core.stack.postgres import LedgerUrls
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def ledger(ledger_url: str) -> Iterator[Engine]:
+    engine = open_ledger(ledger_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def tx(ledger: Engine) -> Iterator[Connection]:
+    with ledger.connect() as connection:
+        jobs.add_model(connection)
+        yield connection
+
+
+def state_of(tx: Connection, job_id: int) -> str:
+    return str(queries.get_job(tx, job_id).state)
+
+
+def outbox_chunks(tx: Connection) -> list[int]:
+    return list(tx.execute(text("SELECT chunk_id FROM outbox ORDER BY chunk_id")).scalars())
+
+
+def test_registering_twice_makes_one_job_and_one_submission(tx: Connection) -> None:
+    first = jobs.register(tx, jobs.scan())
+    second = jobs.register(tx, jobs.scan())
+    assert first.created
+    assert not second.created
+    assert first.job_id == second.job_id
+    assert len(queries.submissions_of(tx, first.job_id)) == 1
+    assert outbox_chunks(tx) == jobs.pending_chunks(tx, first.job_id)
+
+
+def test_another_recipe_is_another_job(tx: Connection) -> None:
+    first = jobs.register(tx, jobs.scan())
+    strict = replace(jobs.RECIPE, residues="strict")
+    second = registration.register(
+        tx, scanned=jobs.scan(), model="tiny", recipe=strict, submission=jobs.SUBMISSION
+    )
+    assert second.created
+    assert second.job_id != first.job_id
+
+
+def test_a_job_runs_through_its_stages_and_conserves_records(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan(chunks=3, records_each=10)).job_id
+    worker = jobs.start_worker(tx)
+    jobs.run_job(tx, job_id, worker, failures=2)
+    job = queries.get_job(tx, job_id)
+    assert (job.state, job.embeddings, job.failed, job.records) == ("succeeded", 24, 6, 30)
+    assert [failure.record for failure in queries.failures_of(tx, job_id)] == [1, 2, 11, 12, 21, 22]
+    assert queries.failure_counts(tx, job_id) == {"empty": 6}
+    assert outbox_chunks(tx) == []
+    assert queries.submissions_of(tx, job_id)[0].published_generation == 1
+
+
+def test_a_chunk_is_claimed_once(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    first, second = jobs.start_worker(tx, "one"), jobs.start_worker(tx, "two")
+    chunk = jobs.pending_chunks(tx, job_id)[0]
+    work = transitions.describe(tx, chunk)
+    assert not isinstance(work, Declined)
+    jobs.claim(tx, chunk, first)
+    late = transitions.claim(tx, work, second, execution_class="class one", execution={})
+    assert late == Declined(chunk, "it is running")
+    assert chunk not in outbox_chunks(tx)
+
+
+def test_a_worker_of_another_execution_class_is_declined(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    worker = jobs.start_worker(tx)
+    first, second, _ = jobs.pending_chunks(tx, job_id)
+    jobs.claim(tx, first, worker, "class one")
+    work = transitions.describe(tx, second)
+    assert not isinstance(work, Declined)
+    other = transitions.claim(tx, work, worker, execution_class="class two", execution={})
+    assert isinstance(other, Declined)
+    assert "execution class" in other.reason
+    assert second in outbox_chunks(tx)
+
+
+def test_a_sleeper_cannot_commit_after_its_lease_expired(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    sleeper = jobs.start_worker(tx, "sleeper", lease_seconds=-1)
+    chunk = jobs.pending_chunks(tx, job_id)[0]
+    stale = jobs.claim(tx, chunk, sleeper)
+    assert workers.expire_workers(tx) == [sleeper]
+    recovered = workers.take_back(tx, sleeper, "its lease expired", max_attempts=4)
+    assert [(r.chunk_id, r.state) for r in recovered] == [(chunk, "pending")]
+    assert not workers.beat(tx, sleeper, progress=1, lease_seconds=60)
+    with pytest.raises(StaleLeaseError):
+        transitions.complete(tx, stale, jobs.result_of(stale))
+    fresh = jobs.claim(tx, chunk, jobs.start_worker(tx, "fresh"))
+    assert fresh.attempt == 2
+    with pytest.raises(StaleLeaseError):
+        transitions.complete(tx, stale, jobs.result_of(stale))
+    transitions.complete(tx, fresh, jobs.result_of(fresh))
+    assert queries.get_job(tx, job_id).embeddings == 10
+
+
+def test_a_heartbeat_keeps_the_lease(tx: Connection) -> None:
+    worker = jobs.start_worker(tx, lease_seconds=-1)
+    assert workers.beat(tx, worker, progress=1, lease_seconds=60)
+    assert workers.expire_workers(tx) == []
+
+
+def test_a_worker_without_progress_is_stuck_though_its_heart_beats(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    worker = jobs.start_worker(tx)
+    jobs.claim(tx, jobs.pending_chunks(tx, job_id)[0], worker)
+    tx.execute(text("UPDATE workers SET progress_at = now() - interval '1 h'"))
+    tx.execute(text("UPDATE chunks SET claimed_at = now() - interval '1 h' WHERE state = 'running'"))
+    workers.beat(tx, worker, progress=0, lease_seconds=60)
+    assert workers.expire_stuck_workers(tx, stuck_seconds=7200) == []
+    assert workers.expire_stuck_workers(tx, stuck_seconds=600) == [worker]
+
+
+def test_an_idle_worker_is_not_stuck(tx: Connection) -> None:
+    jobs.start_worker(tx)
+    tx.execute(text("UPDATE workers SET progress_at = now() - interval '1 h'"))
+    assert workers.expire_stuck_workers(tx, stuck_seconds=600) == []
+
+
+def test_a_new_process_of_a_node_frees_its_predecessors_chunk_at_once(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    first = jobs.start_worker(tx, "gpu0")
+    chunk = jobs.pending_chunks(tx, job_id)[0]
+    jobs.claim(tx, chunk, first)
+    _, recovered = workers.register_worker(
+        tx, node="gpu0", queue="extract", host="test", pid=2, device="cpu", lease_seconds=60
+    )
+    assert [r.chunk_id for r in recovered] == [chunk]
+    assert chunk in outbox_chunks(tx)
+
+
+def test_a_worker_that_shuts_down_hands_its_chunk_back_without_an_attempt(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    worker = jobs.start_worker(tx)
+    chunk = jobs.pending_chunks(tx, job_id)[0]
+    jobs.claim(tx, chunk, worker)
+    workers.retire_worker(tx, worker)
+    again = jobs.claim(tx, chunk, jobs.start_worker(tx))
+    assert again.attempt == 1
+    transitions.hand_back(tx, again)
+    assert jobs.claim(tx, chunk, again.worker_id).attempt == 1
+
+
+def test_a_chunk_out_of_attempts_fails_its_job_and_resume_brings_it_back(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    worker = jobs.start_worker(tx)
+    chunk = jobs.pending_chunks(tx, job_id)[0]
+    for attempt in (1, 2):
+        claimed = jobs.claim(tx, chunk, worker)
+        assert claimed.attempt == attempt
+        transitions.fail(tx, claimed, "no space left", max_attempts=2)
+    job = queries.get_job(tx, job_id)
+    assert job.state == "failed"
+    assert "no space left" in job.error
+    resumed = resume(tx, job_id)
+    assert (resumed.lost, resumed.waiting) == (0, 3)
+    jobs.run_job(tx, job_id, worker)
+    assert state_of(tx, job_id) == "succeeded"
+
+
+def test_a_permanent_fault_fails_at_once(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    claimed = jobs.claim(tx, jobs.pending_chunks(tx, job_id)[0], jobs.start_worker(tx))
+    assert transitions.fail(tx, claimed, "the input has changed", max_attempts=9, permanent=True) == "failed"
+    assert state_of(tx, job_id) == "failed"
+
+
+def test_a_chunk_whose_workers_keep_dying_fails(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    chunk = jobs.pending_chunks(tx, job_id)[0]
+    for expected in ("pending", "failed"):
+        worker = jobs.start_worker(tx)
+        jobs.claim(tx, chunk, worker)
+        states = [r.state for r in workers.take_back(tx, worker, "its lease expired", max_attempts=2)]
+        assert states == [expected]
+    assert state_of(tx, job_id) == "failed"
+
+
+def test_resume_redoes_only_what_storage_lost(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan(chunks=3)).job_id
+    worker = jobs.start_worker(tx)
+    jobs.run_job(tx, job_id, worker, failures=1)
+    assert resume(tx, job_id).lost == 0
+    assert state_of(tx, job_id) == "succeeded"
+    lost = [row.id for row in queries.artifacts_of(tx, job_id) if (row.stage, row.ordinal) == ("extract", 1)]
+    resumed = resume(tx, job_id, lost)
+    assert (resumed.chunks, resumed.lost, resumed.waiting) == (3, 1, 1)
+    job = queries.get_job(tx, job_id)
+    assert (job.state, job.stage, job.embeddings, job.failed) == ("running", "extract", 18, 2)
+    another = jobs.start_worker(tx, "another")
+    jobs.run_job(tx, job_id, another, failures=1)
+    job = queries.get_job(tx, job_id)
+    assert (job.state, job.embeddings, job.failed) == ("succeeded", 27, 3)
+    ran = tx.execute(text("SELECT worker_id FROM chunks WHERE stage = 'extract' ORDER BY ordinal")).scalars()
+    assert list(ran) == [worker, another, worker]
+
+
+def test_losing_the_merged_result_redoes_the_merge_alone(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    worker = jobs.start_worker(tx)
+    jobs.run_job(tx, job_id, worker)
+    lost = [row.id for row in queries.artifacts_of(tx, job_id, stage="merge")]
+    assert lost
+    resumed = resume(tx, job_id, lost)
+    assert (resumed.lost, resumed.waiting) == (0, 1)
+    assert queries.get_job(tx, job_id).stage == "merge"
+
+
+def test_losing_the_merge_after_chunks_were_cleaned_up_redoes_them_too(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan(chunks=3)).job_id
+    jobs.run_job(tx, job_id, jobs.start_worker(tx))
+    tx.execute(text("DELETE FROM artifacts WHERE stage = 'extract'"))
+    assert resume(tx, job_id).lost == 0
+    lost = [row.id for row in queries.artifacts_of(tx, job_id, stage="merge")]
+    assert resume(tx, job_id, lost).lost == 3
+
+
+def test_resume_during_a_later_stage_fences_off_whoever_runs_it(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan(chunks=2)).job_id
+    worker = jobs.start_worker(tx)
+    for chunk in jobs.pending_chunks(tx, job_id):
+        claimed = jobs.claim(tx, chunk, worker)
+        transitions.complete(tx, claimed, jobs.result_of(claimed))
+    merge = jobs.claim(tx, jobs.pending_chunks(tx, job_id)[0], worker)
+    assert merge.work.stage == "merge"
+    resume(tx, job_id, [queries.artifacts_of(tx, job_id)[0].id])
+    with pytest.raises(StaleLeaseError):
+        transitions.complete(tx, merge, jobs.result_of(merge))
+
+
+def test_force_begins_a_generation_and_fences_off_the_old_one(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    worker = jobs.start_worker(tx)
+    old = jobs.claim(tx, jobs.pending_chunks(tx, job_id)[0], worker)
+    forced = jobs.register(tx, jobs.scan(chunks=2, records_each=15), force=True)
+    assert (forced.job_id, forced.generation, forced.created) == (job_id, 2, False)
+    with pytest.raises(StaleLeaseError):
+        transitions.complete(tx, old, jobs.result_of(old))
+    jobs.run_job(tx, job_id, worker)
+    assert state_of(tx, job_id) == "succeeded"
+    assert {row.path.split("/")[2] for row in queries.artifacts_of(tx, job_id)} == {"g2"}
+
+
+def test_a_late_name_is_published_without_computing_or_merging_again(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    worker = jobs.start_worker(tx)
+    jobs.run_job(tx, job_id, worker)
+    jobs.register(tx, jobs.scan(), replace(jobs.SUBMISSION, path="/elsewhere/b.fasta", stem="b"))
+    job = queries.get_job(tx, job_id)
+    assert (job.state, job.stage, job.chunks_left) == ("running", "validate", 1)
+    jobs.run_job(tx, job_id, worker)
+    assert [row.published_generation for row in queries.submissions_of(tx, job_id)] == [1, 1]
+
+
+def test_late_nucleotides_bring_the_merge_back(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    jobs.run_job(tx, job_id, jobs.start_worker(tx))
+    nucleotides = replace(jobs.SUBMISSION, nucleotide_path="/in/a_DNABERT_S.pt", nucleotide_sha256="c" * 64)
+    jobs.register(tx, jobs.scan(), nucleotides)
+    assert queries.get_job(tx, job_id).stage == "merge"
+
+
+def test_a_submission_during_extract_changes_nothing_of_the_run(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    waiting = jobs.pending_chunks(tx, job_id)
+    jobs.register(tx, jobs.scan(), replace(jobs.SUBMISSION, path="/elsewhere/b.fasta", stem="b"))
+    assert jobs.pending_chunks(tx, job_id) == waiting
+
+
+def test_cancel_keeps_what_is_done_and_resume_goes_on(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan(chunks=3)).job_id
+    worker = jobs.start_worker(tx)
+    first, second, _ = jobs.pending_chunks(tx, job_id)
+    done = jobs.claim(tx, first, worker)
+    transitions.complete(tx, done, jobs.result_of(done))
+    running = jobs.claim(tx, second, worker)
+    cancel(tx, job_id, by="a person")
+    assert outbox_chunks(tx) == []
+    assert transitions.describe(tx, second) == Declined(second, "its job is cancelled")
+    with pytest.raises(StaleLeaseError):
+        transitions.complete(tx, running, jobs.result_of(running))
+    with pytest.raises(JobError):
+        cancel(tx, job_id, by="a person")
+    assert resume(tx, job_id).waiting == 2
+    jobs.run_job(tx, job_id, worker)
+    assert state_of(tx, job_id) == "succeeded"
+
+
+def test_a_job_whose_last_chunk_ended_while_cancelled_advances_on_resume(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan(chunks=1)).job_id
+    worker = jobs.start_worker(tx)
+    claimed = jobs.claim(tx, jobs.pending_chunks(tx, job_id)[0], worker)
+    tx.execute(text("UPDATE jobs SET state = 'cancelled', finished_at = now()"))
+    assert transitions.complete(tx, claimed, jobs.result_of(claimed)) == "cancelled"
+    resume(tx, job_id)
+    assert queries.get_job(tx, job_id).stage == "merge"
+
+
+@pytest.mark.parametrize("cancel_unwatched", [False, True])
+def test_the_last_waiter_cancels_only_if_the_setting_says_so(tx: Connection, cancel_unwatched: bool) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    waiters.add_waiter(tx, job_id, "run 1 try 1")
+    waiters.add_waiter(tx, job_id, "run 1 try 2")
+    assert not waiters.remove_waiter(tx, job_id, "run 1 try 1", cancel_unwatched=cancel_unwatched)
+    assert waiters.remove_waiter(tx, job_id, "run 1 try 2", cancel_unwatched=cancel_unwatched) is cancel_unwatched
+    assert not waiters.remove_waiter(tx, job_id, "run 1 try 2", cancel_unwatched=cancel_unwatched)
+
+
+def test_a_name_stands_for_the_same_weights_for_ever(tx: Connection) -> None:
+    with pytest.raises(WeightsError, match="other weights"):
+        registration.add_model(
+            tx,
+            name="tiny",
+            path="tiny",
+            weights_sha256="f" * 64,
+            layers=1,
+            token_dropout=True,
+            demonstration=True,
+            config={},
+        )
+
+
+IMPOSSIBLE = [
+    "UPDATE jobs SET state = 'succeeded', finished_at = now()",
+    "UPDATE jobs SET embeddings = records + 1",
+    "UPDATE jobs SET chunks_left = chunks_total + 1",
+    "UPDATE jobs SET state = 'failed', finished_at = now()",
+    "UPDATE jobs SET state = 'asleep'",
+    "UPDATE chunks SET state = 'running'",
+    "UPDATE chunks SET state = 'done', embeddings = 1, failed = 0",
+    "UPDATE chunks SET embeddings = records, failed = 0",
+    "UPDATE chunks SET lease_token = 1",
+    "UPDATE chunks SET state = 'failed'",
+    "INSERT INTO failures VALUES ({job}, 1, 1, 'x', 'bad luck', '')",
+    "INSERT INTO outbox (chunk_id, queue) SELECT id, 'extract' FROM chunks",
+    "INSERT INTO jobs (input_sha256, recipe_sha256, recipe, model, stage, chunks_total, chunks_left, records)"
+    " SELECT input_sha256, recipe_sha256, recipe, model, stage, 1, 1, 1 FROM jobs",
+]
+
+
+@pytest.mark.parametrize("statement", IMPOSSIBLE)
+def test_the_database_refuses_impossible_states(tx: Connection, statement: str) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    with pytest.raises(IntegrityError):
+        tx.execute(text(statement.format(job=job_id)))
+
+
+def test_each_role_can_do_its_work_and_no_more(ledger_urls: LedgerUrls) -> None:
+    owner, dag, worker = (open_ledger(ledger_urls[role]) for role in ("owner", "dag", "worker"))
+    in_transaction(owner, jobs.add_model)
+    registered = in_transaction(dag, jobs.register, jobs.scan())
+    worker_id = in_transaction(worker, jobs.start_worker)
+    in_transaction(worker, jobs.run_job, registered.job_id, worker_id, 1)
+    artifacts = in_transaction(dag, queries.artifacts_of, registered.job_id)
+    assert in_transaction(dag, resume, registered.job_id, [artifacts[0].id]).lost == 1
+    in_transaction(worker, jobs.run_job, registered.job_id, worker_id, 1)
+    in_transaction(dag, jobs.register, jobs.scan(), force=True)
+    in_transaction(dag, cancel, registered.job_id, by="a person")
+    for engine, forbidden in [
+        (dag, "SELECT nextval('lease_tokens')"),
+        (dag, "UPDATE workers SET state = 'gone'"),
+        (dag, "UPDATE models SET path = '/elsewhere'"),
+        (dag, "DROP TABLE outbox"),
+        (worker, "INSERT INTO jobs (records) VALUES (1)"),
+        (worker, "UPDATE models SET path = '/elsewhere'"),
+        (worker, "UPDATE inputs SET location = '/elsewhere'"),
+        (worker, "CREATE TABLE mine (x int)"),
+    ]:
+        with engine.connect() as connection, pytest.raises(ProgrammingError, match=r"denied|owner"):
+            connection.execute(text(forbidden))
+    for engine in (owner, dag, worker):
+        engine.dispose()

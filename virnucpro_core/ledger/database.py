@@ -1,0 +1,136 @@
+"""Connections to the ledger: engines, transactions that repeat themselves, migrations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import resources
+from typing import Concatenate, ParamSpec, TypeVar
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, create_engine, make_url
+from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from virnucpro_core.errors import ServiceError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+TRANSACTION_ATTEMPTS = 5
+CONNECT_TIMEOUT = 10  # seconds
+IDLE_TIMEOUT = 300  # seconds a transaction may wait for its client: a stopped process must not keep its locks
+SERIALIZATION_FAILURE, DEADLOCK_DETECTED = "40001", "40P01"
+UNDEFINED_TABLE, INVALID_PASSWORD, INVALID_CATALOG = "42P01", "28P01", "3D000"
+
+
+def open_ledger(url: str) -> Engine:
+    """An engine for the ledger at `url`; nothing is connected yet."""
+    return create_engine(
+        url,
+        pool_pre_ping=True,
+        pool_size=2,
+        connect_args={
+            "connect_timeout": CONNECT_TIMEOUT,
+            "application_name": "virnucpro",
+            "options": f"-c idle_in_transaction_session_timeout={IDLE_TIMEOUT}s",
+        },
+    )
+
+
+def hide_password(url: str) -> str:
+    return make_url(url).render_as_string(hide_password=True)
+
+
+def in_transaction(
+    ledger: Engine, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """Run `function(connection, ...)` in one transaction, again if PostgreSQL found a deadlock.
+
+    Raises:
+        ServiceError: if the database cannot be reached, refuses us, or lacks our tables.
+    """
+    try:
+        for attempt in Retrying(
+            retry=retry_if_exception(is_conflict),
+            stop=stop_after_attempt(TRANSACTION_ATTEMPTS),
+            wait=wait_random_exponential(multiplier=0.05, max=1),
+            reraise=True,
+        ):
+            with attempt, ledger.begin() as connection:
+                return function(connection, *args, **kwargs)
+    except DBAPIError as error:
+        explained = explain(error, ledger)
+        if explained is None:
+            raise
+        raise explained from error
+    raise AssertionError("Retrying either returns or raises")
+
+
+def sqlstate(error: BaseException) -> str | None:
+    return getattr(getattr(error, "orig", None), "sqlstate", None)
+
+
+def is_conflict(error: BaseException) -> bool:
+    return sqlstate(error) in (SERIALIZATION_FAILURE, DEADLOCK_DETECTED)
+
+
+def explain(error: DBAPIError, ledger: Engine) -> ServiceError | None:
+    """What an operator should read instead of a driver's message; None if it is our own bug."""
+    where = ledger.url.render_as_string(hide_password=True)
+    said = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
+    if isinstance(error, ProgrammingError) and sqlstate(error) == UNDEFINED_TABLE:
+        return ServiceError("the ledger's tables are missing", where=where, todo="Run `virnucpro db upgrade`.")
+    if not isinstance(error, OperationalError):
+        return None
+    if sqlstate(error) == INVALID_PASSWORD or "password authentication failed" in said:
+        return ServiceError("PostgreSQL refused the password", where=where, todo="Correct the URL's user and password.")
+    if sqlstate(error) == INVALID_CATALOG or "does not exist" in said:
+        return ServiceError(said, where=where, todo="Create the database, or correct the URL.")
+    return ServiceError(
+        f"PostgreSQL cannot be used: {said}", where=where, todo="Start the server, or correct the URL."
+    )
+
+
+def alembic_config(url: str) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(resources.files("migrations")))
+    # ConfigParser would read a password's per cent sign as an interpolation
+    config.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
+    return config
+
+
+def upgrade(url: str) -> None:
+    """Bring the ledger's schema to the newest revision; the role of `url` must own it.
+
+    Raises:
+        ServiceError: if the database cannot be reached or refuses us.
+    """
+    check_reachable(url)
+    command.upgrade(alembic_config(url), "head")
+
+
+def check_reachable(url: str) -> None:
+    ledger = open_ledger(url)
+    try:
+        in_transaction(ledger, lambda connection: None)
+    finally:
+        ledger.dispose()
+
+
+def check_migrated(ledger: Engine) -> None:
+    """Refuse a schema that is not the one this code was written for.
+
+    Raises:
+        ServiceError: if migrations have not been applied, or newer code has applied more.
+    """
+    head = ScriptDirectory.from_config(alembic_config("")).get_current_head()
+    current = in_transaction(ledger, lambda tx: MigrationContext.configure(tx).get_current_revision())
+    if current != head:
+        raise ServiceError(
+            f"the ledger's schema is at revision {current or 'none'}, this code needs {head}",
+            where=ledger.url.render_as_string(hide_password=True),
+            todo="Run `virnucpro db upgrade`, or install the version that matches the schema.",
+        )

@@ -1,0 +1,238 @@
+"""What happens to a job as a whole: it begins, resumes, begins anew, is cancelled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, text
+
+from virnucpro_core.errors import JobError
+from virnucpro_core.ledger.transitions import (
+    EXTRACT,
+    MERGE,
+    VALIDATE,
+    advance,
+    forget_stages,
+    lock_job,
+    restart_from,
+    wake_relay,
+)
+from virnucpro_core.ledger.work import Resumed
+from virnucpro_core.sequences.chunks import ChunkRange
+
+
+def enter_chunks(tx: Connection, job_id: int, chunks: Sequence[ChunkRange]) -> None:
+    """Enter a job's extract chunks and make their messages due."""
+    tx.execute(
+        text("""
+            INSERT INTO chunks (job_id, stage, ordinal, byte_start, byte_end, virtual_start, first_record, records,
+                                residues, sha256)
+            VALUES (:job, :stage, :ordinal, :byte_start, :byte_end, :virtual_start, :first_record, :records,
+                    :residues, :sha256)
+        """),
+        [
+            {
+                "job": job_id,
+                "stage": EXTRACT,
+                "ordinal": chunk.ordinal,
+                "byte_start": chunk.byte_start,
+                "byte_end": chunk.byte_end,
+                "virtual_start": chunk.virtual_start,
+                "first_record": chunk.first_record,
+                "records": chunk.records,
+                "residues": chunk.residues,
+                "sha256": chunk.sha256,
+            }
+            for chunk in chunks
+        ],
+    )
+    enqueue_pending(tx, job_id)
+
+
+def enqueue_pending(tx: Connection, job_id: int) -> None:
+    """Make the message of every pending chunk due, unless it is already."""
+    tx.execute(
+        text("""
+            INSERT INTO outbox (chunk_id, queue)
+            SELECT c.id, s.queue FROM chunks c JOIN stages s ON s.name = c.stage
+             WHERE c.job_id = :job AND c.state = 'pending' ORDER BY c.ordinal
+            ON CONFLICT (chunk_id) DO NOTHING
+        """),
+        {"job": job_id},
+    )
+    wake_relay(tx)
+
+
+def begin_generation(tx: Connection, job_id: int, chunks: Sequence[ChunkRange]) -> None:
+    """Compute a job anew. Leases and files of older generations are fenced off, not touched."""
+    tx.execute(text("DELETE FROM chunks WHERE job_id = :job"), {"job": job_id})
+    tx.execute(
+        text("""
+            UPDATE jobs
+               SET generation = generation + 1, state = 'running', stage = :stage, chunks_total = :chunks,
+                   chunks_left = :chunks, embeddings = 0, failed = 0, truncated = 0, unknown = 0, tokens = 0, seconds = 0,
+                   execution_class = NULL, execution = NULL, error = NULL, finished_at = NULL
+             WHERE id = :job
+        """),
+        {"job": job_id, "stage": EXTRACT, "chunks": len(chunks)},
+    )
+    enter_chunks(tx, job_id, chunks)
+
+
+def resume(tx: Connection, job_id: int, lost: Sequence[int] = ()) -> Resumed:
+    """Have a job do what is missing or failed, and nothing else. Harmless at any time.
+
+    Args:
+        lost: ids of artifacts of the current generation whose files are missing or damaged.
+
+    Raises:
+        JobError: if there is no such job.
+    """
+    job = lock_job(tx, job_id)
+    stages_lost = set(
+        tx.execute(
+            text("SELECT stage FROM artifacts WHERE id = ANY(:lost) AND job_id = :job AND generation = :generation"),
+            {"lost": list(lost), "job": job_id, "generation": job.generation},
+        ).scalars()
+    )
+    tx.execute(text("DELETE FROM artifacts WHERE id = ANY(:lost)"), {"lost": list(lost)})
+    tx.execute(
+        text("""
+            UPDATE chunks SET state = 'pending', attempts = 0, finished_at = NULL
+             WHERE job_id = :job AND state = 'failed'
+        """),
+        {"job": job_id},
+    )
+    tx.execute(
+        text("UPDATE jobs SET state = 'running', error = NULL, finished_at = NULL WHERE id = :job AND state <> 'succeeded'"),
+        {"job": job_id},
+    )
+    reset = reset_lost_chunks(tx, job_id) if stages_lost else 0
+    if stages_lost and not reset:
+        restart_from(tx, job_id, MERGE)
+    elif job.state in ("failed", "cancelled") and not reset and job.chunks_left == 0:
+        advance(tx, job_id)
+    enqueue_pending(tx, job_id)
+    return count_work(tx, job_id, reset)
+
+
+def count_work(tx: Connection, job_id: int, lost: int) -> Resumed:
+    counted = tx.execute(
+        text("""
+            SELECT count(*) FILTER (WHERE c.stage = :extract) AS chunks,
+                   count(*) FILTER (WHERE c.state = 'pending') AS waiting
+              FROM chunks c WHERE c.job_id = :job
+        """),
+        {"job": job_id, "extract": EXTRACT},
+    ).one()
+    return Resumed(chunks=counted.chunks, lost=lost, waiting=counted.waiting)
+
+
+def reset_lost_chunks(tx: Connection, job_id: int) -> int:
+    """Make every done extract chunk without an artifact pending again, and take its counts off the job's.
+
+    The job returns to its first stage; later stages are forgotten, whoever runs one is fenced off.
+    """
+    job = lock_job(tx, job_id)
+    lost = tx.execute(
+        text("""
+            SELECT c.id, c.first_record, c.records
+              FROM chunks c
+             WHERE c.job_id = :job AND c.stage = :stage AND c.state = 'done'
+               AND NOT EXISTS (SELECT 1 FROM artifacts a
+                                WHERE a.job_id = c.job_id AND a.generation = :generation
+                                  AND a.stage = c.stage AND a.ordinal = c.ordinal)
+        """),
+        {"job": job_id, "stage": EXTRACT, "generation": job.generation},
+    ).all()
+    if not lost:
+        return 0
+    forget_stages(tx, job_id, MERGE)
+    tx.execute(
+        text("""
+            DELETE FROM failures
+             WHERE job_id = :job AND generation = :generation AND record BETWEEN :first AND :last
+        """),
+        [
+            {
+                "job": job_id,
+                "generation": job.generation,
+                "first": chunk.first_record,
+                "last": chunk.first_record + chunk.records - 1,
+            }
+            for chunk in lost
+        ],
+    )
+    tx.execute(
+        text("""
+            UPDATE chunks
+               SET state = 'pending', attempts = 0, finished_at = NULL, embeddings = NULL, failed = NULL,
+                   truncated = 0, unknown = 0, tokens = 0, seconds = NULL, error = 'its artifact was lost'
+             WHERE id = ANY(:chunks)
+        """),
+        {"chunks": [chunk.id for chunk in lost]},
+    )
+    tx.execute(
+        text("""
+            UPDATE jobs j
+               SET state = 'running', stage = :stage, error = NULL, finished_at = NULL,
+                   chunks_total = c.total, chunks_left = c.unfinished, embeddings = c.embeddings, failed = c.failed,
+                   truncated = c.truncated, unknown = c.unknown, tokens = c.tokens, seconds = c.seconds
+              FROM (SELECT count(*) AS total, count(*) FILTER (WHERE state <> 'done') AS unfinished,
+                           coalesce(sum(embeddings), 0) AS embeddings, coalesce(sum(failed), 0) AS failed,
+                           sum(truncated) AS truncated, sum(unknown) AS unknown, sum(tokens) AS tokens,
+                           coalesce(sum(seconds), 0) AS seconds
+                      FROM chunks WHERE job_id = :job AND stage = :stage) c
+             WHERE j.id = :job
+        """),
+        {"job": job_id, "stage": EXTRACT},
+    )
+    return len(lost)
+
+
+def serve_late_submission(tx: Connection, job_id: int) -> None:
+    """Run again the stages that a submission came too late for: merge for nucleotides, else validate."""
+    job = lock_job(tx, job_id)
+    needed = tx.execute(
+        text("""
+            SELECT s.name FROM stages s
+             WHERE s.name = (SELECT CASE WHEN bool_or(nucleotide_path <> '') THEN :merge ELSE :validate END
+                               FROM submissions
+                              WHERE job_id = :job AND published_generation IS DISTINCT FROM :generation)
+               AND (:state = 'succeeded' OR s.position <= (SELECT position FROM stages WHERE name = :stage))
+        """),
+        {
+            "job": job_id,
+            "generation": job.generation,
+            "state": job.state,
+            "stage": job.stage,
+            "merge": MERGE,
+            "validate": VALIDATE,
+        },
+    ).scalar_one_or_none()
+    if needed == MERGE and reset_lost_chunks(tx, job_id):
+        enqueue_pending(tx, job_id)
+    elif needed is not None:
+        restart_from(tx, job_id, needed)
+
+
+def cancel(tx: Connection, job_id: int, *, by: str) -> None:
+    """Stop a running job. Its finished chunks are kept; whoever runs one of the others is fenced off.
+
+    Raises:
+        JobError: if there is no such job, or it does not run.
+    """
+    job = lock_job(tx, job_id)
+    if job.state != "running":
+        raise JobError(f"job {job_id} is {job.state}", todo="Only a running job can be cancelled.")
+    tx.execute(text("UPDATE jobs SET state = 'cancelled', finished_at = now() WHERE id = :job"), {"job": job_id})
+    tx.execute(
+        text("""
+            UPDATE chunks SET state = 'pending', lease_token = NULL, attempts = attempts - 1, error = :error
+             WHERE job_id = :job AND state = 'running'
+        """),
+        {"job": job_id, "error": f"cancelled by {by}"},
+    )
+    tx.execute(
+        text("DELETE FROM outbox o USING chunks c WHERE c.id = o.chunk_id AND c.job_id = :job"), {"job": job_id}
+    )

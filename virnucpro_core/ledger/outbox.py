@@ -1,0 +1,129 @@
+"""The outbox: which messages are due. The relay alone reads it; claiming a chunk empties it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, text
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A hint that a chunk is waiting. `title` is for people who watch queues."""
+
+    chunk_id: int
+    stage: str
+    queue: str
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """A queue as the ledger sees it.
+
+    Attributes:
+        workers: live workers that consume it.
+        published: messages sent and not yet claimed.
+        overdue: those among them that were sent longer ago than the republish time.
+    """
+
+    queue: str
+    workers: int
+    published: int
+    overdue: int
+
+
+def queue_states(tx: Connection, *, republish_seconds: float) -> list[QueueState]:
+    """One row per queue of the stages table."""
+    rows = tx.execute(
+        text("""
+            SELECT q.queue,
+                   (SELECT count(*) FROM workers w WHERE w.state = 'live' AND w.queue = q.queue) AS workers,
+                   (SELECT count(*) FROM outbox o
+                     WHERE o.queue = q.queue AND o.published_at IS NOT NULL) AS published,
+                   (SELECT count(*) FROM outbox o
+                     WHERE o.queue = q.queue AND o.published_at < now() - make_interval(secs => :age)) AS overdue
+              FROM (SELECT DISTINCT queue FROM stages) q ORDER BY q.queue
+        """),
+        {"age": republish_seconds},
+    )
+    return [QueueState(row.queue, row.workers, row.published, row.overdue) for row in rows]
+
+
+def take_due(tx: Connection, queue: str, limit: int) -> list[Message]:
+    """Mark up to `limit` due messages as published and return them, oldest first.
+
+    The caller publishes before it commits: a message may be sent twice, never lost.
+    """
+    return messages(
+        tx,
+        tx.execute(
+            text("""
+                UPDATE outbox SET published_at = now()
+                 WHERE id IN (SELECT id FROM outbox
+                               WHERE queue = :queue AND published_at IS NULL AND due_at <= now()
+                               ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED)
+                RETURNING chunk_id
+            """),
+            {"queue": queue, "limit": limit},
+        )
+        .scalars()
+        .all(),
+    )
+
+
+def take_overdue(tx: Connection, queue: str, *, republish_seconds: float) -> list[Message]:
+    """The messages that were published long ago and that nobody claimed, marked as published now."""
+    return messages(
+        tx,
+        tx.execute(
+            text("""
+                UPDATE outbox SET published_at = now()
+                 WHERE queue = :queue AND published_at < now() - make_interval(secs => :age)
+                RETURNING chunk_id
+            """),
+            {"queue": queue, "age": republish_seconds},
+        )
+        .scalars()
+        .all(),
+    )
+
+
+def send_again(tx: Connection, chunk_id: int, *, delay: float) -> None:
+    """Have a published message sent again in `delay` seconds: who got it may not run the chunk. Harmless once claimed."""
+    tx.execute(
+        text("""
+            UPDATE outbox SET published_at = NULL, due_at = now() + make_interval(secs => :delay)
+             WHERE chunk_id = :chunk
+        """),
+        {"chunk": chunk_id, "delay": delay},
+    )
+
+
+def messages(tx: Connection, chunk_ids: Sequence[int]) -> list[Message]:
+    if not chunk_ids:
+        return []
+    rows = tx.execute(
+        text("""
+            SELECT c.id, c.stage, s.queue,
+                   format('job %s %s: %s chunk %s of %s', j.id,
+                          (SELECT stem FROM submissions WHERE job_id = j.id ORDER BY id LIMIT 1),
+                          c.stage, c.ordinal + 1, j.chunks_total) AS title
+              FROM chunks c JOIN jobs j ON j.id = c.job_id JOIN stages s ON s.name = c.stage
+             WHERE c.id = ANY(:chunks) ORDER BY c.id
+        """),
+        {"chunks": list(chunk_ids)},
+    )
+    return [Message(row.id, row.stage, row.queue, row.title) for row in rows]
+
+
+def seconds_until_due(tx: Connection, limit: float) -> float:
+    """Seconds until a delayed message is due, at most `limit`."""
+    seconds: float | None = tx.execute(
+        text("""
+            SELECT extract(epoch FROM min(due_at) - now())::float8 FROM outbox
+             WHERE published_at IS NULL AND due_at > now()
+        """)
+    ).scalar_one()
+    return limit if seconds is None else max(0.0, min(seconds, limit))

@@ -1,0 +1,233 @@
+"""What people and programs ask of the ledger. Nothing here writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+from virnucpro_core.errors import JobError
+from virnucpro_core.failures import Failure, FailureReason
+from virnucpro_core.sequences.chunks import ChunkRange
+
+PROGRESS = text("""
+    SELECT j.id, j.state, j.stage, s.position, j.generation, j.chunks_total, j.chunks_left, j.records, j.embeddings,
+           j.failed, j.error
+      FROM jobs j JOIN stages s ON s.name = j.stage
+     WHERE j.id = ANY(:jobs) ORDER BY j.id
+""")
+"""How far jobs are; the one indexed query that waiting costs, also on an asynchronous connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far one job is.
+
+    Attributes:
+        state: running, succeeded, failed or cancelled.
+        stage: the stage it is in; `position` is that stage's place in the order.
+        records, embeddings, failed: records in all, embedded so far, failed so far.
+    """
+
+    id: int
+    state: str
+    stage: str
+    position: int
+    generation: int
+    chunks_total: int
+    chunks_left: int
+    records: int
+    embeddings: int
+    failed: int
+    error: str | None
+
+    def has_passed(self, stage_position: int) -> bool:
+        """Whether the stage at that position is complete."""
+        return self.state == "succeeded" or self.position > stage_position
+
+
+def progress_from_rows(rows: Sequence[Row[Any]]) -> list[Progress]:
+    return [Progress(*row) for row in rows]
+
+
+def progress_of(tx: Connection, job_ids: Sequence[int]) -> list[Progress]:
+    """How far these jobs are, in the order of their ids; unknown ids are left out."""
+    return progress_from_rows(tx.execute(PROGRESS, {"jobs": list(job_ids)}).all())
+
+
+def stage_positions(tx: Connection) -> dict[str, int]:
+    """Each stage's place in the order."""
+    rows = tx.execute(text("SELECT name, position FROM stages ORDER BY position"))
+    return {row.name: row.position for row in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactRow:
+    """A recorded file; `path` is relative to the output root."""
+
+    id: int
+    stage: str
+    ordinal: int
+    kind: str
+    path: str
+    sha256: str
+    bytes: int
+    rows: int
+
+
+def artifacts_of(tx: Connection, job_id: int, *, stage: str | None = None) -> list[ArtifactRow]:
+    """A job's artifacts of its current generation, in input order."""
+    rows = tx.execute(
+        text("""
+            SELECT a.id, a.stage, a.ordinal, a.kind, a.path, a.sha256, a.bytes, a.rows
+              FROM artifacts a JOIN jobs j ON j.id = a.job_id AND j.generation = a.generation
+              JOIN stages s ON s.name = a.stage
+             WHERE a.job_id = :job AND (CAST(:stage AS text) IS NULL OR a.stage = :stage)
+             ORDER BY s.position, a.ordinal, a.id
+        """),
+        {"job": job_id, "stage": stage},
+    )
+    return [ArtifactRow(*row) for row in rows]
+
+
+def find_lost(artifacts: Sequence[ArtifactRow], output_root: Path) -> list[int]:
+    """Ids of the artifacts whose file is missing or has another size. Reads no contents."""
+    lost = []
+    for artifact in artifacts:
+        try:
+            size = os.stat(output_root / artifact.path).st_size
+        except FileNotFoundError:
+            size = -1
+        if size != artifact.bytes:
+            lost.append(artifact.id)
+    return lost
+
+
+@dataclass(frozen=True, slots=True)
+class SubmissionRow:
+    """A wish for a job, and whether it has been served in the current generation."""
+
+    id: int
+    path: str
+    stem: str
+    label: str
+    nucleotide_path: str
+    nucleotide_sha256: str
+    requested_by: str
+    max_failed_share: float
+    submitted_at: datetime
+    published_generation: int | None
+
+
+def submissions_of(tx: Connection, job_id: int) -> list[SubmissionRow]:
+    rows = tx.execute(
+        text("""
+            SELECT id, path, stem, label, nucleotide_path, nucleotide_sha256, requested_by, max_failed_share,
+                   submitted_at, published_generation
+              FROM submissions WHERE job_id = :job ORDER BY id
+        """),
+        {"job": job_id},
+    )
+    return [SubmissionRow(*row) for row in rows]
+
+
+def chunk_ranges(tx: Connection, job_id: int) -> list[ChunkRange]:
+    """A job's extract chunks in input order."""
+    rows = tx.execute(
+        text("""
+            SELECT ordinal, byte_start, byte_end, virtual_start, first_record, records, residues, sha256
+              FROM chunks WHERE job_id = :job AND stage = 'extract' ORDER BY ordinal
+        """),
+        {"job": job_id},
+    )
+    return [ChunkRange(**row._mapping) for row in rows]
+
+
+def failures_of(tx: Connection, job_id: int) -> Iterator[Failure]:
+    """A job's failures in input order, streamed."""
+    rows = tx.execute(
+        text("""
+            SELECT f.record, f.record_id, f.reason, f.detail
+              FROM failures f JOIN jobs j ON j.id = f.job_id AND j.generation = f.generation
+             WHERE f.job_id = :job ORDER BY f.record
+        """).execution_options(yield_per=1000),
+        {"job": job_id},
+    )
+    for row in rows:
+        yield Failure(row.record, row.record_id, FailureReason(row.reason), row.detail)
+
+
+def failure_counts(tx: Connection, job_id: int) -> dict[str, int]:
+    """A job's failures by reason, the most frequent first."""
+    rows = tx.execute(
+        text("""
+            SELECT f.reason, count(*) AS n
+              FROM failures f JOIN jobs j ON j.id = f.job_id AND j.generation = f.generation
+             WHERE f.job_id = :job GROUP BY f.reason ORDER BY n DESC, f.reason
+        """),
+        {"job": job_id},
+    )
+    return {row.reason: row.n for row in rows}
+
+
+JOB = """
+    SELECT j.*, i.size AS input_bytes, i.residues AS input_residues, i.location, i.compression, m.path AS model_path,
+           (SELECT s.stem FROM submissions s WHERE s.job_id = j.id ORDER BY s.id LIMIT 1) AS stem
+      FROM jobs j JOIN inputs i ON i.sha256 = j.input_sha256 JOIN models m ON m.name = j.model
+"""
+
+
+def get_job(tx: Connection, job_id: int) -> Row[Any]:
+    """All columns of a job, with its input's size and location and its first submission's stem.
+
+    Raises:
+        JobError: if there is no such job.
+    """
+    row = tx.execute(text(f"{JOB} WHERE j.id = :job"), {"job": job_id}).one_or_none()
+    if row is None:
+        raise JobError(f"there is no job {job_id}", todo="List the jobs with `virnucpro status`.")
+    return row
+
+
+def find_job(tx: Connection, input_sha256: str, recipe_sha256: str) -> int | None:
+    """The job of an input under a recipe, if it is registered."""
+    return tx.execute(
+        text("SELECT id FROM jobs WHERE input_sha256 = :input AND recipe_sha256 = :recipe"),
+        {"input": input_sha256, "recipe": recipe_sha256},
+    ).scalar_one_or_none()
+
+
+def list_jobs(tx: Connection, *, limit: int = 50) -> Sequence[Row[Any]]:
+    """The newest jobs first, as `get_job` returns them."""
+    return tx.execute(text(f"{JOB} ORDER BY j.id DESC LIMIT :limit"), {"limit": limit}).all()
+
+
+def list_models(tx: Connection) -> Sequence[Row[Any]]:
+    """The registered models by name."""
+    return tx.execute(text("SELECT * FROM models ORDER BY name")).all()
+
+
+def next_pending(tx: Connection, queue: str, limit: int) -> list[int]:
+    """The chunks that a queue's workers are likely to be sent next. A guess, for reading ahead."""
+    return list(
+        tx.execute(
+            text("SELECT chunk_id FROM outbox WHERE queue = :queue AND due_at <= now() ORDER BY id LIMIT :limit"),
+            {"queue": queue, "limit": limit},
+        ).scalars()
+    )
+
+
+def live_workers(tx: Connection) -> Sequence[Row[Any]]:
+    """The live workers and the chunk each one holds."""
+    return tx.execute(
+        text("""
+            SELECT w.*, c.id AS chunk_id, c.job_id, c.stage, c.ordinal, c.claimed_at
+              FROM workers w LEFT JOIN chunks c ON c.worker_id = w.id AND c.state = 'running'
+             WHERE w.state = 'live' ORDER BY w.node
+        """)
+    ).all()

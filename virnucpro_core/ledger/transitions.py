@@ -1,0 +1,422 @@
+"""The ledger's transitions: claim, complete, fail, hand back, and what follows from them.
+
+Each function is one step of the caller's transaction. Whoever changes a chunk in a way that moves its job
+locks the job's row first, then the chunk's: one order, so that two of them wait instead of deadlocking.
+None reads more rows than it changes, so the cost of a step does not grow with the job.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+from virnucpro_core.errors import JobError, StaleLeaseError
+from virnucpro_core.failures import Failure
+from virnucpro_core.ledger.work import Claim, NewArtifact, Result, Work
+from virnucpro_core.recipe import Recipe
+from virnucpro_core.sequences.compression import Compression
+from virnucpro_core.sequences.chunks import ChunkRange
+
+OUTBOX_CHANNEL = "virnucpro_outbox"
+EXTRACT, MERGE, VALIDATE = "extract", "merge", "validate"
+
+DESCRIBE = text("""
+    SELECT c.id, c.job_id, c.stage, c.ordinal, c.byte_start, c.byte_end, c.virtual_start, c.first_record, c.records,
+           c.residues, c.sha256, c.state AS chunk_state, j.generation, j.state AS job_state, j.chunks_total,
+           j.input_sha256, j.recipe, j.model, j.execution_class, m.path AS model_path, i.location, i.compression,
+           (SELECT s.stem FROM submissions s WHERE s.job_id = j.id ORDER BY s.id LIMIT 1) AS stem
+      FROM chunks c
+      JOIN jobs j ON j.id = c.job_id
+      JOIN models m ON m.name = j.model
+      JOIN inputs i ON i.sha256 = j.input_sha256
+     WHERE c.id = :chunk
+""")
+
+PIN_EXECUTION_CLASS = text("""
+    UPDATE jobs SET execution_class = :execution_class, execution = CAST(:execution AS jsonb)
+     WHERE id = :job AND execution_class IS NULL AND state = 'running'
+""")
+
+CLAIM = text("""
+    UPDATE chunks c
+       SET state = 'running', attempts = c.attempts + 1, lease_token = nextval('lease_tokens'),
+           worker_id = w.id, claimed_at = now(), finished_at = NULL
+      FROM jobs j, workers w
+     WHERE c.id = :chunk AND c.state = 'pending'
+       AND j.id = c.job_id AND j.state = 'running' AND j.stage = c.stage AND j.generation = :generation
+       AND (CAST(:execution_class AS text) IS NULL OR j.execution_class = :execution_class)
+       AND w.id = :worker AND w.state = 'live'
+    RETURNING c.lease_token, c.attempts
+""")
+
+LOCK_JOB = text("SELECT * FROM jobs WHERE id = :job FOR UPDATE")
+
+FINISH_CHUNK = text("""
+    UPDATE chunks
+       SET state = 'done', lease_token = NULL, finished_at = now(), error = NULL, embeddings = :embeddings,
+           failed = :failed, truncated = :truncated, unknown = :unknown, tokens = :tokens, seconds = :seconds
+     WHERE id = :chunk AND lease_token = :token
+""")
+
+COUNT_CHUNK = text("""
+    UPDATE jobs
+       SET chunks_left = chunks_left - 1, embeddings = embeddings + :embeddings, failed = failed + :failed,
+           truncated = truncated + :truncated, unknown = unknown + :unknown, tokens = tokens + :tokens,
+           seconds = seconds + :seconds
+     WHERE id = :job
+    RETURNING chunks_left
+""")
+
+HAND_BACK = text("""
+    UPDATE chunks
+       SET state = 'pending', lease_token = NULL, error = coalesce(:error, error), attempts = attempts - :forgiven
+     WHERE id = :chunk AND lease_token = :token
+""")
+
+GIVE_UP = text("""
+    UPDATE chunks SET state = 'failed', lease_token = NULL, finished_at = now(), error = :error
+     WHERE id = :chunk AND lease_token = :token
+""")
+
+FAIL_JOB = text("""
+    UPDATE jobs SET state = 'failed', error = :error, finished_at = now() WHERE id = :job AND state = 'running'
+""")
+
+ENQUEUE_CHUNK = text("""
+    INSERT INTO outbox (chunk_id, queue, due_at)
+    SELECT c.id, s.queue, now() + make_interval(secs => :delay)
+      FROM chunks c JOIN stages s ON s.name = c.stage
+     WHERE c.id = :chunk
+    ON CONFLICT (chunk_id) DO UPDATE SET due_at = excluded.due_at, published_at = NULL
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """A chunk that this worker must not run, and why. Not an error: messages are hints."""
+
+    chunk_id: int
+    reason: str
+
+
+def work_from_row(row: Row[Any]) -> Work:
+    return Work(
+        chunk_id=row.id,
+        job_id=row.job_id,
+        generation=row.generation,
+        stage=row.stage,
+        chunks_total=row.chunks_total,
+        range=ChunkRange(
+            ordinal=row.ordinal,
+            byte_start=row.byte_start,
+            byte_end=row.byte_end,
+            virtual_start=row.virtual_start,
+            first_record=row.first_record,
+            records=row.records,
+            residues=row.residues,
+            sha256=row.sha256,
+        ),
+        input_sha256=row.input_sha256,
+        location=row.location,
+        compression=Compression(row.compression),
+        stem=row.stem or "",
+        model=row.model,
+        model_path=row.model_path,
+        recipe=Recipe(**row.recipe),
+    )
+
+
+def describe(tx: Connection, chunk_id: int) -> Work | Declined:
+    """A chunk's work, read without claiming it."""
+    row = tx.execute(DESCRIBE, {"chunk": chunk_id}).one_or_none()
+    if row is None:
+        return Declined(chunk_id, "no such chunk")
+    if row.job_state != "running":
+        return Declined(chunk_id, f"its job is {row.job_state}")
+    if row.chunk_state != "pending":
+        return Declined(chunk_id, f"it is {row.chunk_state}")
+    return work_from_row(row)
+
+
+def claim(
+    tx: Connection,
+    work: Work,
+    worker_id: int,
+    *,
+    execution_class: str | None = None,
+    execution: dict[str, Any] | None = None,
+) -> Claim | Declined:
+    """Take a lease on a pending chunk.
+
+    The first claim of a job that names an execution class pins it; a worker of another class is declined
+    from then on, so that no result is a mixture.
+    """
+    if execution_class is not None:
+        tx.execute(
+            PIN_EXECUTION_CLASS,
+            {"job": work.job_id, "execution_class": execution_class, "execution": json.dumps(execution)},
+        )
+    row = tx.execute(
+        CLAIM,
+        {
+            "chunk": work.chunk_id,
+            "generation": work.generation,
+            "worker": worker_id,
+            "execution_class": execution_class,
+        },
+    ).one_or_none()
+    if row is None:
+        now = describe(tx, work.chunk_id)
+        if isinstance(now, Declined):
+            return now
+        return Declined(work.chunk_id, "its job is pinned to another execution class, or this worker is no longer live")
+    tx.execute(text("DELETE FROM outbox WHERE chunk_id = :chunk"), {"chunk": work.chunk_id})
+    return Claim(work, worker_id, row.lease_token, row.attempts)
+
+
+def complete(tx: Connection, claim: Claim, result: Result) -> str:
+    """Commit a chunk: artifacts, failures, counters and, with the last chunk, whatever comes next.
+
+    Returns:
+        The job's state afterwards.
+
+    Raises:
+        StaleLeaseError: if the lease has passed to somebody else; nothing is changed.
+    """
+    work = claim.work
+    job = lock_job(tx, work.job_id)
+    extracting = work.stage == EXTRACT
+    embeddings, failed = (result.embeddings, len(result.failures)) if extracting else (job.embeddings, job.failed)
+    finished = tx.execute(
+        FINISH_CHUNK,
+        {
+            "chunk": work.chunk_id,
+            "token": claim.token,
+            "embeddings": embeddings,
+            "failed": failed,
+            "truncated": result.truncated,
+            "unknown": result.unknown,
+            "tokens": result.tokens,
+            "seconds": result.seconds,
+        },
+    )
+    if finished.rowcount == 0:
+        raise stale(claim)
+    replace_failures(tx, work, result.failures)
+    replace_artifacts(tx, work, result.artifacts, result.execution)
+    mark_published(tx, result.published, work.generation)
+    chunks_left = tx.execute(
+        COUNT_CHUNK,
+        {
+            "job": work.job_id,
+            "embeddings": embeddings if extracting else 0,
+            "failed": failed if extracting else 0,
+            "truncated": result.truncated,
+            "unknown": result.unknown,
+            "tokens": result.tokens,
+            "seconds": result.seconds if extracting else 0.0,
+        },
+    ).scalar_one()
+    if chunks_left == 0 and job.state == "running":
+        return advance(tx, work.job_id)
+    return str(job.state)
+
+
+def fail(tx: Connection, claim: Claim, error: str, *, max_attempts: int, permanent: bool = False) -> str:
+    """End an attempt that failed: the chunk waits for another, or it and its job fail.
+
+    Returns:
+        The chunk's state afterwards.
+
+    Raises:
+        StaleLeaseError: if the lease has passed to somebody else.
+    """
+    lock_job(tx, claim.work.job_id)
+    lease = {"chunk": claim.work.chunk_id, "token": claim.token, "error": error}
+    if permanent or claim.attempt >= max_attempts:
+        if tx.execute(GIVE_UP, lease).rowcount == 0:
+            raise stale(claim)
+        tx.execute(FAIL_JOB, {"job": claim.work.job_id, "error": f"{claim.work.title}: {error}"})
+        return "failed"
+    if tx.execute(HAND_BACK, {**lease, "forgiven": 0}).rowcount == 0:
+        raise stale(claim)
+    enqueue(tx, claim.work.chunk_id, delay=float(claim.attempt**2))
+    return "pending"
+
+
+def hand_back(tx: Connection, claim: Claim) -> None:
+    """Return a chunk untouched, without counting the attempt (a worker that shuts down).
+
+    Raises:
+        StaleLeaseError: if the lease has passed to somebody else.
+    """
+    lease = {"chunk": claim.work.chunk_id, "token": claim.token, "error": None, "forgiven": 1}
+    if tx.execute(HAND_BACK, lease).rowcount == 0:
+        raise stale(claim)
+    enqueue(tx, claim.work.chunk_id)
+
+
+def advance(tx: Connection, job_id: int) -> str:
+    """Begin the job's next stage, or end it. The job's row is locked by the caller.
+
+    Returns:
+        The job's state afterwards.
+    """
+    following = tx.execute(
+        text("""
+            SELECT following.name
+              FROM jobs j JOIN stages s ON s.name = j.stage
+              JOIN stages following ON following.position > s.position
+             WHERE j.id = :job ORDER BY following.position LIMIT 1
+        """),
+        {"job": job_id},
+    ).scalar_one_or_none()
+    if following is not None:
+        begin_stage(tx, job_id, following)
+        return "running"
+    tx.execute(text("UPDATE jobs SET state = 'succeeded', finished_at = now() WHERE id = :job"), {"job": job_id})
+    return "succeeded"
+
+
+def begin_stage(tx: Connection, job_id: int, stage: str) -> None:
+    """Make the one chunk of a stage that covers the whole input, and the message for it."""
+    tx.execute(
+        text("UPDATE jobs SET stage = :stage, chunks_total = 1, chunks_left = 1 WHERE id = :job"),
+        {"job": job_id, "stage": stage},
+    )
+    chunk_id = tx.execute(
+        text("""
+            INSERT INTO chunks (job_id, stage, ordinal, byte_start, byte_end, first_record, records, residues, sha256)
+            SELECT j.id, j.stage, 0, 0, i.size, 1, j.records, i.residues, i.sha256
+              FROM jobs j JOIN inputs i ON i.sha256 = j.input_sha256
+             WHERE j.id = :job
+            RETURNING id
+        """),
+        {"job": job_id},
+    ).scalar_one()
+    enqueue(tx, chunk_id)
+
+
+def restart_from(tx: Connection, job_id: int, stage: str) -> None:
+    """Forget `stage` and all that follows it, and begin it anew. Whoever runs one of them is fenced off."""
+    forget_stages(tx, job_id, stage)
+    tx.execute(
+        text("UPDATE jobs SET state = 'running', error = NULL, finished_at = NULL WHERE id = :job"), {"job": job_id}
+    )
+    begin_stage(tx, job_id, stage)
+
+
+def forget_stages(tx: Connection, job_id: int, first: str) -> None:
+    """Delete the chunks and artifact rows of a stage and of all later ones, in this generation."""
+    these = """stage IN (SELECT name FROM stages
+                          WHERE position >= (SELECT position FROM stages WHERE name = :stage))"""
+    parameters = {"job": job_id, "stage": first}
+    tx.execute(text(f"DELETE FROM chunks WHERE job_id = :job AND {these}"), parameters)
+    tx.execute(
+        text(f"""DELETE FROM artifacts a USING jobs j
+                  WHERE j.id = :job AND a.job_id = j.id AND a.generation = j.generation AND a.{these}"""),
+        parameters,
+    )
+
+
+def enqueue(tx: Connection, chunk_id: int, *, delay: float = 0.0) -> None:
+    """Make a chunk's message due in `delay` seconds, and wake the relay when this transaction commits."""
+    tx.execute(ENQUEUE_CHUNK, {"chunk": chunk_id, "delay": delay})
+    wake_relay(tx)
+
+
+def wake_relay(tx: Connection) -> None:
+    tx.execute(text("SELECT pg_notify(:channel, '')"), {"channel": OUTBOX_CHANNEL})
+
+
+def lock_job(tx: Connection, job_id: int) -> Row[Any]:
+    row = tx.execute(LOCK_JOB, {"job": job_id}).one_or_none()
+    if row is None:
+        raise JobError(f"there is no job {job_id}", todo="List the jobs with `virnucpro status`.")
+    return row
+
+
+def stale(claim: Claim) -> StaleLeaseError:
+    return StaleLeaseError(
+        "the lease has passed to somebody else; this result is dropped",
+        where=f"{claim.work.title}, attempt {claim.attempt}, token {claim.token}",
+        todo="Nothing needs doing: the chunk is in other hands.",
+    )
+
+
+def replace_failures(tx: Connection, work: Work, failures: Sequence[Failure]) -> None:
+    if work.stage != EXTRACT:
+        return
+    tx.execute(
+        text("""DELETE FROM failures WHERE job_id = :job AND generation = :generation
+                   AND record >= :first AND record < :first + :records"""),
+        {
+            "job": work.job_id,
+            "generation": work.generation,
+            "first": work.range.first_record,
+            "records": work.range.records,
+        },
+    )
+    if failures:
+        tx.execute(
+            text("""INSERT INTO failures (job_id, generation, record, record_id, reason, detail)
+                    VALUES (:job, :generation, :record, :id, :reason, :detail)"""),
+            [
+                {
+                    "job": work.job_id,
+                    "generation": work.generation,
+                    "record": failure.record,
+                    "id": failure.id,
+                    "reason": str(failure.reason),
+                    "detail": failure.detail,
+                }
+                for failure in failures
+            ],
+        )
+
+
+def replace_artifacts(
+    tx: Connection, work: Work, artifacts: Sequence[NewArtifact], execution: dict[str, Any] | None
+) -> None:
+    place = {
+        "job": work.job_id,
+        "generation": work.generation,
+        "stage": work.stage,
+        "ordinal": work.range.ordinal,
+    }
+    tx.execute(
+        text("""DELETE FROM artifacts WHERE job_id = :job AND generation = :generation
+                   AND stage = :stage AND ordinal = :ordinal"""),
+        place,
+    )
+    if artifacts:
+        tx.execute(
+            text("""INSERT INTO artifacts (job_id, generation, stage, ordinal, kind, path, sha256, bytes, rows, execution)
+                    VALUES (:job, :generation, :stage, :ordinal, :kind, :path, :sha256, :bytes, :rows,
+                            CAST(:execution AS jsonb))"""),
+            [
+                {
+                    **place,
+                    "kind": artifact.kind,
+                    "path": artifact.path,
+                    "sha256": artifact.sha256,
+                    "bytes": artifact.bytes,
+                    "rows": artifact.rows,
+                    "execution": None if execution is None else json.dumps(execution),
+                }
+                for artifact in artifacts
+            ],
+        )
+
+
+def mark_published(tx: Connection, submissions: Sequence[int], generation: int) -> None:
+    if submissions:
+        tx.execute(
+            text("""UPDATE submissions SET published_generation = :generation, published_at = now()
+                     WHERE id = ANY(:ids)"""),
+            {"generation": generation, "ids": list(submissions)},
+        )

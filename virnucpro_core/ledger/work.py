@@ -1,0 +1,123 @@
+"""What passes between the ledger and those who use it: work to do, claims, results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from virnucpro_core.failures import Failure
+from virnucpro_core.recipe import Recipe
+from virnucpro_core.sequences.compression import Compression
+from virnucpro_core.sequences.chunks import ChunkRange
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """A wish for a job: the file, the name of its result, who asked and how much may fail."""
+
+    path: str
+    stem: str
+    requested_by: str
+    max_failed_share: float
+    label: str = ""
+    nucleotide_path: str = ""
+    nucleotide_sha256: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Registered:
+    """The job that a registration found or made (`created`)."""
+
+    job_id: int
+    generation: int
+    created: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resumed:
+    """What a job has to do (again).
+
+    Attributes:
+        chunks: extract chunks in all.
+        lost: those whose artifact was lost and that have to run again.
+        waiting: chunks of the current stage that are due to run.
+    """
+
+    chunks: int
+    lost: int
+    waiting: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """One chunk and all that is needed to run it. Reading it claims nothing."""
+
+    chunk_id: int
+    job_id: int
+    generation: int
+    stage: str
+    chunks_total: int
+    range: ChunkRange
+    input_sha256: str
+    location: str
+    compression: Compression
+    stem: str
+    model: str
+    model_path: str
+    recipe: Recipe
+
+    @property
+    def title(self) -> str:
+        """What a person reads in a queue: job, file, chunk k of n."""
+        return f"job {self.job_id} {self.stem}: {self.stage} chunk {self.range.ordinal + 1} of {self.chunks_total}"
+
+    def artifact_folder(self) -> str:
+        """Where the chunk's artifacts go, relative to the output root."""
+        return f"{job_folder(self.job_id)}/g{self.generation}/{self.stage}"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A lease on a chunk. Only the holder of `token` may commit."""
+
+    work: Work
+    worker_id: int
+    token: int
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewArtifact:
+    """A file to record: path relative to the output root, sha256, bytes and rows."""
+
+    kind: str
+    path: str
+    sha256: str
+    bytes: int
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What a chunk's run produced. Later stages carry the job's own counts over."""
+
+    artifacts: Sequence[NewArtifact]
+    embeddings: int = 0
+    failures: Sequence[Failure] = ()
+    truncated: int = 0
+    unknown: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    execution: dict[str, Any] | None = None
+    published: Sequence[int] = field(default=())
+
+
+def job_folder(job_id: int) -> str:
+    """A job's folder, relative to the output root."""
+    return f"jobs/{job_id:08d}"
+
+
+def result_folder(stem: str, input_sha256: str, recipe_sha256: str) -> str:
+    """Where a result is published, relative to the output root; equal stems with other content do not collide."""
+    return f"results/{stem}-{input_sha256[:12]}-{recipe_sha256[:8]}"

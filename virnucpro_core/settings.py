@@ -1,0 +1,167 @@
+"""Settings: one typed object, read once from the environment (prefix VIRNUCPRO_).
+
+A secret may be given as a file instead: `VIRNUCPRO_DATABASE_URL_FILE=/run/secrets/database_url`.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from virnucpro_core.errors import SettingsError
+from virnucpro_core.recipe import Dtype, ResiduePolicy
+
+PREFIX = "VIRNUCPRO_"
+
+DatabaseRole = Literal["owner", "dag", "worker"]
+
+
+class SecretFileSource(PydanticBaseSettingsSource):
+    """Reads secret settings from the files that `<NAME>_FILE` variables name."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        file_name = os.environ.get(f"{PREFIX}{field_name.upper()}_FILE")
+        if not file_name or not field_name.endswith("_url"):
+            return None, field_name, False
+        try:
+            return Path(file_name).read_text().strip(), field_name, False
+        except OSError as error:
+            raise SettingsError(
+                f"the secret {field_name} could not be read: {error.strerror}",
+                where=file_name,
+                todo=f"Correct {PREFIX}{field_name.upper()}_FILE or the file's permissions.",
+            ) from error
+
+    def __call__(self) -> dict[str, Any]:
+        found = {}
+        for name, field in self.settings_cls.model_fields.items():
+            value, _, _ = self.get_field_value(field, name)
+            if value is not None:
+                found[name] = value
+        return found
+
+
+class Settings(BaseSettings):
+    """Every setting of the pipeline. Field `x` is the variable `VIRNUCPRO_X`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
+
+    database_url: SecretStr | None = Field(None, description="PostgreSQL URL of the ledger, for every role without its own.")
+    owner_database_url: SecretStr | None = Field(None, description="URL of the role that owns the schema (migrations).")
+    dag_database_url: SecretStr | None = Field(None, description="URL of the role that registers and reads (Airflow, submit).")
+    worker_database_url: SecretStr | None = Field(None, description="URL of the role that claims and commits (workers, relay).")
+    airflow_database_url: SecretStr | None = Field(
+        None, description="postgresql+psycopg:// URL of Airflow's own tables, where `make up` shall not start a server."
+    )
+    broker_url: SecretStr | None = Field(None, description="Redis or Valkey URL of Celery's broker, with a database of its own.")
+    flower_url: str | None = Field(None, description="Where Flower is, for links.")
+
+    inbox: Path = Field(Path("inbox"), description="Folder that the nightly run takes FASTA files from.")
+    output_root: Path = Field(Path("output"), description="Folder below which all results are written.")
+    model_root: Path = Field(Path("models"), description="Folder below which checkpoints lie, a folder each.")
+
+    model: str | None = Field(None, description="Name of the model that a run uses when it names none.")
+    dtype: Dtype = Field("float16", description="Precision of the forward pass; a CPU computes float32 only.")
+    residues: ResiduePolicy = Field("unknown", description="`strict` fails a record with a letter outside the vocabulary.")
+    max_failed_share: float = Field(0.05, ge=0, le=1, description="Share of failed records above which a run is reported as failed.")
+    cancel_unwatched: bool = Field(False, description="Cancel a job when the last run that waits for it is killed.")
+
+    chunk_tokens: int = Field(2_000_000, ge=1, description="Token budget of a chunk: several seconds of a GPU's work.")
+    export_rows: int = Field(200_000, ge=1, description="Rows in one .pt file; larger results come in numbered shards.")
+    keep_chunks_days: float = Field(7.0, ge=0, description="Days that chunk artifacts are kept after a job succeeded.")
+
+    lease_seconds: float = Field(15.0, gt=0, description="A worker silent for longer loses its chunk.")
+    heartbeat_seconds: float = Field(3.0, gt=0, description="Time between a worker's heartbeats.")
+    stuck_seconds: float = Field(600.0, gt=0, description="A worker whose progress stands still for longer is stuck.")
+    max_attempts: int = Field(4, ge=1, description="Claims of one chunk before its job fails.")
+    window_per_worker: int = Field(2, ge=1, description="Messages kept published for each live worker of a queue.")
+    republish_seconds: float = Field(20.0, gt=0, description="A published message that nobody claimed for longer is sent again.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, SecretFileSource(settings_cls)
+
+    def database_url_for(self, role: DatabaseRole) -> str:
+        """The ledger's URL for one role, with SQLAlchemy's driver named.
+
+        Raises:
+            SettingsError: if neither the role's own URL nor `VIRNUCPRO_DATABASE_URL` is set.
+        """
+        secret: SecretStr | None = getattr(self, f"{role}_database_url") or self.database_url
+        if secret is None:
+            raise SettingsError(
+                "no database is named",
+                where=f"{PREFIX}DATABASE_URL",
+                todo="Set it to a PostgreSQL URL, or start the embedded stack with `make up`.",
+            )
+        scheme, separator, rest = secret.get_secret_value().partition("://")
+        if not separator or scheme.split("+")[0] not in ("postgresql", "postgres"):
+            raise SettingsError(
+                f"the ledger needs PostgreSQL, not {scheme!r}",
+                where=f"{PREFIX}DATABASE_URL",
+                todo="Give a URL that begins with postgresql://.",
+            )
+        return f"postgresql+psycopg://{rest}"
+
+    def require_broker_url(self) -> str:
+        """The broker's URL.
+
+        Raises:
+            SettingsError: if `VIRNUCPRO_BROKER_URL` is not set.
+        """
+        if self.broker_url is None:
+            raise SettingsError(
+                "no broker is named",
+                where=f"{PREFIX}BROKER_URL",
+                todo="Set it to a redis:// URL, or start the embedded stack with `make up`.",
+            )
+        return self.broker_url.get_secret_value()
+
+    def require_model(self, name: str | None = None) -> str:
+        """The model asked for, or the configured one; never a silent default.
+
+        Raises:
+            SettingsError: if no model is named anywhere.
+        """
+        chosen = name or self.model
+        if not chosen:
+            raise SettingsError(
+                "no model is named",
+                where=f"{PREFIX}MODEL",
+                todo="Name a registered model (`virnucpro weights add NAME FOLDER` registers one).",
+            )
+        return chosen
+
+    @property
+    def spool_root(self) -> Path:
+        """Where uncompressed copies of gzip and zstd inputs lie, by sha256."""
+        return self.output_root / "spool"
+
+
+@cache
+def load_settings() -> Settings:
+    """The process's settings, read once.
+
+    Raises:
+        SettingsError: naming each variable that is wrong.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{PREFIX}{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}" for fault in error.errors()
+        )
+        raise SettingsError("settings are wrong", where=faults, todo="Correct these variables.") from error
