@@ -1,0 +1,160 @@
+"""On an NVIDIA GPU: faithful to transformers in float32, the same bytes always, and no record lost to memory.
+
+Where the test servers' packages are missing, run it without the suite's conftest and configuration:
+`python -m pytest -c /dev/null --rootdir . --noconftest -p tests.fixtures_model tests/gpu`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from virnucpro_core.embedding.checkpoint import inspect_checkpoint
+from virnucpro_core.embedding.execution import KernelPlan
+from virnucpro_core.embedding.extraction import Extraction, embed
+from virnucpro_core.embedding.loading import build_model, load_fast_esm, open_weights
+from virnucpro_core.embedding.model import FastEsm
+from virnucpro_core.embedding.selftest import LIMITS, embed_with_transformers, run_selftest
+from virnucpro_core.failures import FailureReason
+from virnucpro_core.recipe import Dtype
+from virnucpro_core.sequences.fasta import RecordBatch, parse_records
+from virnucpro_core.sequences.residues import VOCABULARY
+
+pytestmark = pytest.mark.gpu
+
+MakeProteins = Callable[..., list[str]]
+
+CUDA = torch.device("cuda")
+LENGTHS = (1, 2, 20, 50, 51, 96, 127, 128, 165, 166, 333, 512, 777, 1023, 1024)
+
+
+def parse(sequences: list[str], truncation: int = 1024) -> RecordBatch:
+    fasta = "".join(f">protein_{index}\n{sequence}\n" for index, sequence in enumerate(sequences))
+    return parse_records(fasta.encode(), first_record=1, truncation=truncation)
+
+
+@pytest.fixture
+def half_model(demo_checkpoint: Path) -> FastEsm:
+    """The demonstration checkpoint in float16."""
+    return load_fast_esm(demo_checkpoint, device="cuda")
+
+
+@pytest.fixture
+def limit_memory() -> Iterator[Callable[[int], None]]:
+    """Caps what this process may allocate beyond what it holds, in bytes; undone afterwards."""
+
+    def limit(more: int) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(CUDA).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + more) / total)
+
+    yield limit
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+def test_half_precision_is_packed_and_float32_is_not(demo_checkpoint: Path, half_model: FastEsm) -> None:
+    assert half_model.dtype == "float16"
+    assert half_model.execution().plan is KernelPlan.PACKED_VARLEN
+    assert half_model.execution().pack_tokens == 16_384
+    assert load_fast_esm(demo_checkpoint, device="cuda", dtype="float32").plan is KernelPlan.SINGLE_SDPA
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_embeddings_are_close_to_those_of_transformers(
+    demo_checkpoint: Path, make_proteins: MakeProteins, dtype: Dtype
+) -> None:
+    sequences = make_proteins(*LENGTHS)
+    ours = embed(load_fast_esm(demo_checkpoint, device="cuda", dtype=dtype), parse(sequences)).embeddings
+    theirs = embed_with_transformers(inspect_checkpoint(demo_checkpoint), sequences, CUDA).numpy()
+    relative = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)
+    assert relative.max() <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_nothing_beside_a_sequence_changes_a_byte(
+    demo_checkpoint: Path, make_proteins: MakeProteins, dtype: Dtype
+) -> None:
+    model = load_fast_esm(demo_checkpoint, device="cuda", dtype=dtype)
+    sequences = make_proteins(*LENGTHS * 8)
+    expected = embed(model, parse(sequences)).embeddings
+    assert expected.tobytes() == embed(model, parse(sequences)).embeddings.tobytes()
+    assert expected.tobytes() == embed(model, parse(sequences[::-1])).embeddings[::-1].tobytes()
+    alone = [embed(model, parse([sequence])).embeddings for sequence in sequences[: len(LENGTHS)]]
+    assert expected[: len(LENGTHS)].tobytes() == np.concatenate(alone).tobytes()
+
+
+@pytest.mark.parametrize("toks_per_batch", [256, 1024, 4096, 65_536])
+def test_the_size_of_packs_changes_no_byte(
+    half_model: FastEsm, make_proteins: MakeProteins, toks_per_batch: int
+) -> None:
+    batch = parse(make_proteins(*LENGTHS * 8))
+    expected = embed(half_model, batch).embeddings
+    assert embed(half_model, batch, toks_per_batch=toks_per_batch).embeddings.tobytes() == expected.tobytes()
+
+
+def test_packs_are_halved_until_they_fit_with_the_same_bytes(
+    half_model: FastEsm, make_proteins: MakeProteins, limit_memory: Callable[[int], None]
+) -> None:
+    batch = parse(make_proteins(*LENGTHS * 16))
+    expected = embed(half_model, batch)
+    done: list[int] = []
+    limit_memory(200 << 20)
+    halved = embed(half_model, batch, on_progress=done.append)
+    assert halved.failures == []
+    assert halved.embeddings.tobytes() == expected.embeddings.tobytes()
+    assert half_model.fitting_tokens is not None
+    assert half_model.fitting_tokens <= 8192
+    assert halved.execution == expected.execution
+    assert sum(done) == len(batch.ids)
+
+
+def test_a_record_that_does_not_fit_fails_alone(
+    half_model: FastEsm, make_proteins: MakeProteins, limit_memory: Callable[[int], None]
+) -> None:
+    batch = parse(make_proteins(50, 120_000, 165), truncation=1_000_000)
+    expected = embed(half_model, batch)
+    assert expected.failures == []
+    limit_memory(400 << 20)
+    extraction = embed(half_model, batch)
+    assert [(failure.record, failure.reason) for failure in extraction.failures] == [(2, FailureReason.OOM)]
+    assert extraction.embeddings.tobytes() == expected.embeddings[[0, 2]].tobytes()
+
+
+def test_rows_that_overflow_are_computed_in_float32(
+    demo_checkpoint: Path, half_model: FastEsm, make_proteins: MakeProteins
+) -> None:
+    weights = open_weights(inspect_checkpoint(demo_checkpoint))
+
+    def read_tensor(name: str) -> Tensor:
+        tensor = weights.read_tensor(name)
+        if "word_embeddings" in name:
+            tensor = tensor.clone()
+            tensor[VOCABULARY.index("B")] *= 1e5  # beyond float16
+            tensor[VOCABULARY.index("Z")] = torch.nan
+        return tensor
+
+    changed = replace(weights, read_tensor=read_tensor)
+    sequences = make_proteins(50, 165)
+    batch = parse([sequences[0], "MKBVL", sequences[1], "MKZVL"])
+    extraction = embed(build_model(changed, CUDA, "float16"), batch)
+    wide = embed(build_model(changed, CUDA, "float32"), batch)
+    assert [(failure.record, failure.reason) for failure in extraction.failures] == [
+        (4, FailureReason.NON_FINITE)
+    ]
+    assert extraction.embeddings[1].tobytes() == wide.embeddings[1].tobytes()
+    expected: Extraction = embed(half_model, parse(sequences))
+    assert extraction.embeddings[[0, 2]].tobytes() == expected.embeddings.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_selftest_passes(demo_checkpoint: Path, dtype: Dtype) -> None:
+    verdict = run_selftest(demo_checkpoint, device="cuda", dtype=dtype)
+    assert [check for check in verdict.checks if not check.passed] == []

@@ -1,0 +1,225 @@
+"""Loading: from a name, a folder or another library's module to a model that is ready to compute."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from virnucpro_core.embedding.attention import has_packed_attention
+from virnucpro_core.embedding.checkpoint import (
+    WEIGHTS_NAME,
+    Checkpoint,
+    check_config,
+    check_tensors,
+    expected_tensors,
+    fetch_weights,
+    fetched_folder,
+    inspect_checkpoint,
+)
+from virnucpro_core.embedding.execution import KernelPlan
+from virnucpro_core.embedding.model import TORCH_DTYPES, Encoder, FastEsm, Weights
+from virnucpro_core.errors import ExecutionError, WeightsError
+from virnucpro_core.recipe import EMBEDDING_WIDTH, Dtype
+
+log = structlog.get_logger()
+
+ModelSource = str | os.PathLike[str] | nn.Module | FastEsm
+"""What a caller may name as a model."""
+
+
+def load_fast_esm(
+    model: ModelSource,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: Dtype | None = None,
+) -> FastEsm:
+    """Loads FastESM2 natively: safetensors only, no remote code, no tokenizer files.
+
+    Args:
+        model: a checkpoint's folder, a name below the model root, a Hub repository with `revision`, a
+            transformers `EsmModel` or FastESM module whose weights are adopted, or a model loaded already.
+        revision: a Hub commit, 40 hex digits; only for a repository.
+        device: `cpu`, `cuda`, `cuda:1`; the GPU if there is one.
+        dtype: precision of the forward pass; float16 on a GPU, float32 on a CPU, which computes nothing else.
+
+    Raises:
+        WeightsError: the weights are missing, incomplete, or not FastESM2.
+        ExecutionError: the device is missing or cannot compute in `dtype`.
+    """
+    if isinstance(model, FastEsm):
+        return _check_loaded(model, device, dtype)
+    place, precision = choose_device(device, dtype)
+    weights = (
+        adopt_weights(model)
+        if isinstance(model, nn.Module)
+        else open_weights(find_checkpoint(model, revision))
+    )
+    return build_model(weights, place, precision)
+
+
+def choose_device(device: str | torch.device | None, dtype: Dtype | None) -> tuple[torch.device, Dtype]:
+    """The device and dtype to compute with, defaults filled in.
+
+    Raises:
+        ExecutionError: the device is missing or cannot compute in `dtype`.
+    """
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ExecutionError("no such device", where=str(device), todo="Name cpu, cuda or cuda:N.") from error
+    if place.type not in ("cpu", "cuda"):
+        raise ExecutionError(
+            "this device is not supported", where=str(place), todo="Name cpu, cuda or cuda:N."
+        )
+    precision: Dtype = dtype or ("float16" if place.type == "cuda" else "float32")
+    if precision not in TORCH_DTYPES:
+        raise ExecutionError(f"no such dtype: {precision}", todo=f"Name one of {', '.join(TORCH_DTYPES)}.")
+    if place.type == "cpu" and precision != "float32":
+        raise ExecutionError(
+            f"a CPU does not compute in {precision}", where="cpu", todo="Ask for float32 or for a GPU."
+        )
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ExecutionError(
+            f"there are {torch.cuda.device_count()} GPUs here",
+            where=str(place),
+            todo="Ask for the CPU or another GPU.",
+        )
+    return place, precision
+
+
+def find_checkpoint(model: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """Finds a checkpoint by folder, by name below the model root, or on the Hub at a pinned revision.
+
+    Raises:
+        WeightsError: it is nowhere, or what is there does not fit.
+    """
+    folder = Path(model)
+    if revision is None and folder.is_dir():
+        return inspect_checkpoint(folder)
+    # Read late: the settings matter only for a name, and need packages that a bare GPU machine may lack.
+    from virnucpro_core.settings import load_settings
+
+    model_root = load_settings().model_root
+    name = os.fspath(model)
+    if revision is not None:
+        return fetch_weights(name, revision, model_root)
+    if (model_root / name).is_dir():
+        return inspect_checkpoint(model_root / name)
+    fetched = sorted(model_root.glob(fetched_folder(Path(), name, "*").name))
+    if len(fetched) == 1:
+        return inspect_checkpoint(fetched[0])
+    raise WeightsError(
+        f"the model {name!r} was fetched in {len(fetched)} revisions"
+        if fetched
+        else f"there is no model {name!r}",
+        where=str(model_root),
+        todo="Name a folder, a name below the model root, or a Hub repository and its revision.",
+    )
+
+
+def open_weights(checkpoint: Checkpoint) -> Weights:
+    """The tensors of a checkpoint, mapped into memory."""
+    tensors = safe_open(checkpoint.folder / WEIGHTS_NAME, framework="pt")
+    return Weights(
+        sha256=checkpoint.sha256,
+        layers=checkpoint.layers,
+        token_dropout=checkpoint.token_dropout,
+        demonstration=checkpoint.demonstration,
+        read_tensor=lambda name: tensors.get_tensor(checkpoint.prefix + name),  # type: ignore[no-untyped-call]
+    )
+
+
+def adopt_weights(module: nn.Module) -> Weights:
+    """The tensors of a transformers `EsmModel` or FastESM module; its code is not used.
+
+    Raises:
+        WeightsError: it is not FastESM2.
+    """
+    where = type(module).__name__
+    config = getattr(module, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        raise WeightsError(
+            "the model has no configuration", where=where, todo="Give an EsmModel or a checkpoint's folder."
+        )
+    fields = config.to_dict()
+    layers, token_dropout = check_config(fields, where=where)
+    state = module.state_dict()
+    prefix = check_tensors({name: tuple(tensor.shape) for name, tensor in state.items()}, layers, where=where)
+    tensors = {name: state[prefix + name] for name in expected_tensors(layers)}
+    return Weights(
+        sha256=_hash_tensors(tensors),
+        layers=layers,
+        token_dropout=token_dropout,
+        demonstration=bool(fields.get("virnucpro_demonstration", False)),
+        read_tensor=tensors.__getitem__,
+    )
+
+
+def build_model(weights: Weights, device: torch.device, dtype: Dtype) -> FastEsm:
+    """Puts weights on a device, tensor by tensor, and chooses the kernel plan."""
+    with torch.device("meta"):
+        encoder = Encoder(weights.layers, weights.token_dropout)
+    encoder = (
+        encoder.to(TORCH_DTYPES[dtype]).to_empty(device=device).requires_grad_(requires_grad=False).eval()
+    )
+    with torch.no_grad():
+        fill_encoder(encoder, weights.read_tensor)
+    packed = has_packed_attention(device, TORCH_DTYPES[dtype])
+    if device.type == "cuda" and not packed and dtype != "float32":
+        log.warning(
+            "packed_attention_missing",
+            device=torch.cuda.get_device_name(device),
+            torch=torch.__version__,
+            plan=KernelPlan.SINGLE_SDPA,
+        )
+    plan = KernelPlan.PACKED_VARLEN if packed else KernelPlan.SINGLE_SDPA
+    return FastEsm(weights=weights, encoder=encoder, device=device, dtype=dtype, plan=plan)
+
+
+def fill_encoder(encoder: Encoder, read_tensor: Callable[[str], Tensor]) -> None:
+    """Copies a checkpoint's tensors into the module; query, key and value become one matrix."""
+
+    def fill(part: nn.Module, name: str) -> None:
+        part.get_parameter("weight").copy_(read_tensor(f"{name}.weight"))
+        part.get_parameter("bias").copy_(read_tensor(f"{name}.bias"))
+
+    encoder.words.weight.copy_(read_tensor("embeddings.word_embeddings.weight"))
+    fill(encoder.final_norm, "encoder.emb_layer_norm_after")
+    for index, layer in enumerate(encoder.layers):
+        inside = f"encoder.layer.{index}."
+        fill(layer.get_submodule("attention_norm"), f"{inside}attention.LayerNorm")
+        fill(layer.get_submodule("attention_out"), f"{inside}attention.output.dense")
+        fill(layer.get_submodule("mlp_norm"), f"{inside}LayerNorm")
+        fill(layer.get_submodule("mlp_in"), f"{inside}intermediate.dense")
+        fill(layer.get_submodule("mlp_out"), f"{inside}output.dense")
+        joined = layer.get_submodule("query_key_value")
+        for third, part in enumerate(("query", "key", "value")):
+            rows = slice(third * EMBEDDING_WIDTH, (third + 1) * EMBEDDING_WIDTH)
+            joined.get_parameter("weight")[rows].copy_(read_tensor(f"{inside}attention.self.{part}.weight"))
+            joined.get_parameter("bias")[rows].copy_(read_tensor(f"{inside}attention.self.{part}.bias"))
+
+
+def _check_loaded(model: FastEsm, device: str | torch.device | None, dtype: Dtype | None) -> FastEsm:
+    place, precision = choose_device(device or model.device, dtype or model.dtype)
+    if (place.type, place.index or 0, precision) != (model.device.type, model.device.index or 0, model.dtype):
+        raise ExecutionError(
+            f"the model is loaded on {model.device} in {model.dtype}, not on {place} in {precision}",
+            todo="Load it again from its folder, for that device and dtype.",
+        )
+    return model
+
+
+def _hash_tensors(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, dtypes and bytes; the names fix the shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
