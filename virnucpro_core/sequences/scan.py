@@ -1,0 +1,223 @@
+"""One pass over a FASTA file: its checksum, its counts, and the chunks it is worked on in."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
+
+from virnucpro_core.errors import InputChangedError, InputError
+from virnucpro_core.recipe import TRUNCATION
+from virnucpro_core.sequences.chunks import ChunkCutter, ChunkRange
+from virnucpro_core.sequences.compression import (
+    BgzipDecoder,
+    Compression,
+    detect_compression,
+    make_decoder,
+    read_blocks,
+)
+from virnucpro_core.sequences.content import check_content
+from virnucpro_core.sequences.hashing import HashThread
+from virnucpro_core.sequences.spool import SpooledCopy
+
+__all__ = ["ChunkRange", "ScannedInput", "read_range", "scan_input"]
+
+_REGISTER_AGAIN = "Register the file again."
+
+
+@dataclass(frozen=True, slots=True)
+class ScannedInput:
+    """What registration knows of an input.
+
+    Attributes:
+        path: absolute path of the file.
+        sha256: of the file as it lies on disk.
+        size: bytes on disk.
+        compression: how the file is compressed.
+        location: absolute path of the file to read ranges from: `path`, or its spooled copy.
+        records: records in the file, good or bad.
+        residues: their residues before truncation.
+        chunks: consecutive ranges that hold every record once.
+    """
+
+    path: str
+    sha256: str
+    size: int
+    compression: Compression
+    location: str
+    records: int
+    residues: int
+    chunks: tuple[ChunkRange, ...]
+
+
+def scan_input(
+    path: str | Path,
+    *,
+    chunk_tokens: int,
+    spool_root: Path,
+    truncation: int = TRUNCATION,
+    allow_nucleotides: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> ScannedInput:
+    """Reads a FASTA file once, in memory that does not grow with it.
+
+    Args:
+        path: plain, gzip, bgzip or zstd FASTA; bytes decide, not the name.
+        chunk_tokens: tokens of a chunk at most; a record that has more is a chunk alone.
+        spool_root: folder where gzip and zstd inputs get an uncompressed copy.
+        truncation: residues of a record that count as tokens.
+        allow_nucleotides: take nucleotides for proteins.
+        on_progress: called with the bytes read from disk so far.
+
+    Raises:
+        InputError: the file as a whole cannot be used; names file and line. A bad record raises nothing.
+        NucleotideInputError: it holds nucleotides.
+        InputChangedError: it was written to during the scan.
+        ArtifactError: the spool cannot be written.
+    """
+    path = Path(path).absolute()
+    with ExitStack() as stack:
+        file = stack.enter_context(_open_input(path))
+        before = os.fstat(file.fileno())
+        compression = detect_compression(file.read(18))
+        file.seek(0)
+        copy = None
+        if compression in (Compression.GZIP, Compression.ZSTD):
+            copy = stack.enter_context(SpooledCopy(spool_root))
+        hashes = stack.enter_context(HashThread())
+        digest = hashlib.sha256()
+
+        def take_raw(raw: bytes) -> None:
+            hashes.update(digest, raw)
+            if on_progress is not None:
+                on_progress(file.tell())
+
+        decoder = make_decoder(compression)
+        cutter = ChunkCutter(
+            chunk_tokens=chunk_tokens,
+            truncation=truncation,
+            hashes=hashes,
+            find_virtual_offset=decoder.find_virtual_offset if isinstance(decoder, BgzipDecoder) else None,
+        )
+        blocks = _name_faults(read_blocks(file, decoder, take_raw), path, cutter)
+        head = next(blocks, b"")
+        if not head:
+            raise InputError(
+                "the file is empty", where=f"{path}, line 1", todo="Give a file that has records."
+            )
+        check_content(head, path=path, allow_nucleotides=allow_nucleotides)
+        for block in chain([head], blocks):
+            if copy is not None:
+                copy.write(block)
+            cutter.feed(block)
+        chunks = cutter.finish()
+        sha256 = hashes.hexdigest(digest).result()
+        after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise InputChangedError(
+                "the file was written to during the scan", where=str(path), todo=_REGISTER_AGAIN
+            )
+        return ScannedInput(
+            path=str(path),
+            sha256=sha256,
+            size=after.st_size,
+            compression=compression,
+            location=str(copy.keep(sha256) if copy else path),
+            records=sum(chunk.records for chunk in chunks),
+            residues=sum(chunk.residues for chunk in chunks),
+            chunks=chunks,
+        )
+
+
+def read_range(location: str | Path, compression: Compression, chunk: ChunkRange) -> bytes:
+    """Reads the uncompressed bytes of a chunk, and checks that they are those that were registered.
+
+    Args:
+        location: `ScannedInput.location`.
+        compression: `ScannedInput.compression`.
+
+    Raises:
+        InputChangedError: they are not, or cannot be read any more.
+    """
+    length = chunk.byte_end - chunk.byte_start
+    where = f"{location}, records {chunk.first_record} to {chunk.first_record + chunk.records - 1}"
+    try:
+        with Path(location).open("rb") as file:
+            if compression is Compression.BGZIP:
+                data = _read_bgzip(file, chunk.virtual_start, length)
+            else:
+                file.seek(chunk.byte_start)
+                data = file.read(length)
+    except OSError as error:
+        raise InputChangedError(
+            f"the input can no longer be read: {error.strerror}", where=where, todo=_REGISTER_AGAIN
+        ) from error
+    if hashlib.sha256(data).hexdigest() != chunk.sha256:
+        raise InputChangedError("the input was changed after registration", where=where, todo=_REGISTER_AGAIN)
+    return data
+
+
+def _read_bgzip(file: BinaryIO, virtual_start: int | None, length: int) -> bytes:
+    if virtual_start is None:
+        raise ValueError("a chunk of a bgzip input has a virtual offset")
+    first_block, within = virtual_start >> 16, virtual_start & 0xFFFF
+    file.seek(first_block)
+    data = bytearray()
+    try:
+        for block in read_blocks(file, BgzipDecoder(first_block), lambda _: None):
+            data += block
+            if len(data) >= within + length:
+                break
+    except InputError as error:
+        raise InputChangedError(error.what, where=error.where, todo=_REGISTER_AGAIN) from error
+    return bytes(data[within : within + length])
+
+
+def _open_input(path: Path) -> BinaryIO:
+    """Opens a regular file.
+
+    Raises:
+        InputError: there is none, or it cannot be opened.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            "the file's name is not UTF-8", where=repr(str(path)), todo="Rename the file."
+        ) from error
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise InputError("this is a folder, not a file", where=str(path), todo="Name the files in it.")
+        if not stat.S_ISREG(mode):
+            raise InputError(
+                "this is not a regular file", where=str(path), todo="Write the FASTA to a file first."
+            )
+        return path.open("rb", buffering=0)
+    except FileNotFoundError as error:
+        raise InputError("there is no such file", where=str(path), todo="Check the path.") from error
+    except OSError as error:
+        raise InputError(
+            f"the file cannot be opened: {error.strerror}", where=str(path), todo="Check its permissions."
+        ) from error
+
+
+def _name_faults(blocks: Iterator[bytes], path: Path, cutter: ChunkCutter) -> Iterator[bytes]:
+    """Passes blocks on; a fault of reading them gets the file and the line that the cutter is in."""
+    try:
+        yield from blocks
+    except InputError as error:
+        where = f"{path}, line {cutter.line}, {error.where}"
+        raise InputError(error.what, where=where, todo=error.todo) from error
+    except OSError as error:
+        raise InputError(
+            f"the file cannot be read: {error.strerror}",
+            where=f"{path}, line {cutter.line}",
+            todo="Check the disk that the file is on.",
+        ) from error
