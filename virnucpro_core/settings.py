@@ -25,7 +25,7 @@ DatabaseRole = Literal["owner", "dag", "worker"]
 class SecretFileSource(PydanticBaseSettingsSource):
     """Reads secret settings from the files that `<NAME>_FILE` variables name."""
 
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 - pydantic's signature
         file_name = os.environ.get(f"{PREFIX}{field_name.upper()}_FILE")
         if not file_name or not field_name.endswith("_url"):
             return None, field_name, False
@@ -52,14 +52,25 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
-    database_url: SecretStr | None = Field(None, description="PostgreSQL URL of the ledger, for every role without its own.")
-    owner_database_url: SecretStr | None = Field(None, description="URL of the role that owns the schema (migrations).")
-    dag_database_url: SecretStr | None = Field(None, description="URL of the role that registers and reads (Airflow, submit).")
-    worker_database_url: SecretStr | None = Field(None, description="URL of the role that claims and commits (workers, relay).")
-    airflow_database_url: SecretStr | None = Field(
-        None, description="postgresql+psycopg:// URL of Airflow's own tables, where `make up` shall not start a server."
+    database_url: SecretStr | None = Field(
+        None, description="PostgreSQL URL of the ledger, for every role without its own."
     )
-    broker_url: SecretStr | None = Field(None, description="Redis or Valkey URL of Celery's broker, with a database of its own.")
+    owner_database_url: SecretStr | None = Field(
+        None, description="URL of the role that owns the schema (migrations)."
+    )
+    dag_database_url: SecretStr | None = Field(
+        None, description="URL of the role that registers and reads (Airflow, submit)."
+    )
+    worker_database_url: SecretStr | None = Field(
+        None, description="URL of the role that claims and commits (workers, relay)."
+    )
+    airflow_database_url: SecretStr | None = Field(
+        None,
+        description="postgresql+psycopg:// URL of Airflow's own tables, where `make up` shall not start a server.",
+    )
+    broker_url: SecretStr | None = Field(
+        None, description="Redis or Valkey URL of Celery's broker, with a database of its own."
+    )
     flower_url: str | None = Field(None, description="Where Flower is, for links.")
 
     inbox: Path = Field(Path("inbox"), description="Folder that the nightly run takes FASTA files from.")
@@ -68,20 +79,38 @@ class Settings(BaseSettings):
 
     model: str | None = Field(None, description="Name of the model that a run uses when it names none.")
     dtype: Dtype = Field("float16", description="Precision of the forward pass; a CPU computes float32 only.")
-    residues: ResiduePolicy = Field("unknown", description="`strict` fails a record with a letter outside the vocabulary.")
-    max_failed_share: float = Field(0.05, ge=0, le=1, description="Share of failed records above which a run is reported as failed.")
-    cancel_unwatched: bool = Field(False, description="Cancel a job when the last run that waits for it is killed.")
+    residues: ResiduePolicy = Field(
+        "unknown", description="`strict` fails a record with a letter outside the vocabulary."
+    )
+    max_failed_share: float = Field(
+        0.05, ge=0, le=1, description="Share of failed records above which a run is reported as failed."
+    )
+    cancel_unwatched: bool = Field(
+        False, description="Cancel a job when the last run that waits for it is killed."
+    )
 
-    chunk_tokens: int = Field(2_000_000, ge=1, description="Token budget of a chunk: several seconds of a GPU's work.")
-    export_rows: int = Field(200_000, ge=1, description="Rows in one .pt file; larger results come in numbered shards.")
-    keep_chunks_days: float = Field(7.0, ge=0, description="Days that chunk artifacts are kept after a job succeeded.")
+    chunk_tokens: int = Field(
+        2_000_000, ge=1, description="Token budget of a chunk: several seconds of a GPU's work."
+    )
+    export_rows: int = Field(
+        200_000, ge=1, description="Rows in one .pt file; larger results come in numbered shards."
+    )
+    keep_chunks_days: float = Field(
+        7.0, ge=0, description="Days that chunk artifacts are kept after a job succeeded."
+    )
 
     lease_seconds: float = Field(15.0, gt=0, description="A worker silent for longer loses its chunk.")
     heartbeat_seconds: float = Field(3.0, gt=0, description="Time between a worker's heartbeats.")
-    stuck_seconds: float = Field(600.0, gt=0, description="A worker whose progress stands still for longer is stuck.")
+    stuck_seconds: float = Field(
+        600.0, gt=0, description="A worker whose progress stands still for longer is stuck."
+    )
     max_attempts: int = Field(4, ge=1, description="Claims of one chunk before its job fails.")
-    window_per_worker: int = Field(2, ge=1, description="Messages kept published for each live worker of a queue.")
-    republish_seconds: float = Field(20.0, gt=0, description="A published message that nobody claimed for longer is sent again.")
+    window_per_worker: int = Field(
+        2, ge=1, description="Messages kept published for each live worker of a queue."
+    )
+    republish_seconds: float = Field(
+        20.0, gt=0, description="A published message that nobody claimed for longer is sent again."
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -89,8 +118,8 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic's signature
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic's signature
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, SecretFileSource(settings_cls)
 

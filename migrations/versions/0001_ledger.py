@@ -243,7 +243,8 @@ def upgrade() -> None:
             name=op.f("ck_chunks_lease_while_running"),
         ),
         sa.CheckConstraint(
-            "CASE WHEN state = 'done' THEN embeddings + failed = records ELSE embeddings IS NULL AND failed IS NULL END",
+            "CASE WHEN state = 'done' THEN embeddings + failed = records"
+            " ELSE embeddings IS NULL AND failed IS NULL END",
             name=op.f("ck_chunks_records_conserved"),
         ),
         sa.CheckConstraint("state <> 'failed' OR error IS NOT NULL", name=op.f("ck_chunks_failed_says_why")),

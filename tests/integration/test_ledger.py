@@ -326,7 +326,10 @@ def test_the_last_waiter_cancels_only_if_the_setting_says_so(tx: Connection, can
     waiters.add_waiter(tx, job_id, "run 1 try 1")
     waiters.add_waiter(tx, job_id, "run 1 try 2")
     assert not waiters.remove_waiter(tx, job_id, "run 1 try 1", cancel_unwatched=cancel_unwatched)
-    assert waiters.remove_waiter(tx, job_id, "run 1 try 2", cancel_unwatched=cancel_unwatched) is cancel_unwatched
+    assert (
+        waiters.remove_waiter(tx, job_id, "run 1 try 2", cancel_unwatched=cancel_unwatched)
+        is cancel_unwatched
+    )
     assert not waiters.remove_waiter(tx, job_id, "run 1 try 2", cancel_unwatched=cancel_unwatched)
 
 
@@ -357,8 +360,8 @@ IMPOSSIBLE = [
     "UPDATE chunks SET state = 'failed'",
     "INSERT INTO failures VALUES ({job}, 1, 1, 'x', 'bad luck', '')",
     "INSERT INTO outbox (chunk_id, queue) SELECT id, 'extract' FROM chunks",
-    "INSERT INTO jobs (input_sha256, recipe_sha256, recipe, model, stage, chunks_total, chunks_left, records)"
-    " SELECT input_sha256, recipe_sha256, recipe, model, stage, 1, 1, 1 FROM jobs",
+    """INSERT INTO jobs (input_sha256, recipe_sha256, recipe, model, stage, chunks_total, chunks_left, records)
+       SELECT input_sha256, recipe_sha256, recipe, model, stage, 1, 1, 1 FROM jobs""",
 ]
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from sqlalchemy import Engine, text
 
 from tests import ledger_jobs as jobs
@@ -103,10 +110,8 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 9), permanent=st.booleans())
     def fail(self, pick: int, permanent: bool) -> None:
         claimed = self.held.pop(pick % len(self.held))
-        try:
+        with suppress(StaleLeaseError):
             transitions.fail(self.connection, claimed, "bad luck", max_attempts=2, permanent=permanent)
-        except StaleLeaseError:
-            pass
 
     @rule(node=st.sampled_from(["one", "two"]))
     def worker_is_replaced(self, node: str) -> None:
@@ -155,13 +160,19 @@ class LedgerMachine(RuleBasedStateMachine):
             """),
             {"job": job.id, "stage": job.stage},
         ).one()
-        assert (counted.embeddings, counted.failed, counted.unfinished) == (job.embeddings, job.failed, job.chunks_left)
+        assert (counted.embeddings, counted.failed, counted.unfinished) == (
+            job.embeddings,
+            job.failed,
+            job.chunks_left,
+        )
         assert len(list(queries.failures_of(self.connection, job.id))) == job.failed
 
     @invariant()
     def every_waiting_chunk_has_a_message_and_no_other(self) -> None:
         job = self.job_row()
-        messages = list(self.connection.execute(text("SELECT chunk_id FROM outbox ORDER BY chunk_id")).scalars())
+        messages = list(
+            self.connection.execute(text("SELECT chunk_id FROM outbox ORDER BY chunk_id")).scalars()
+        )
         waiting = jobs.pending_chunks(self.connection, job.id)
         if job.state == "running":
             assert messages == waiting
@@ -201,14 +212,14 @@ def test_simultaneous_finishers_begin_the_next_stage_once(ledger: Engine) -> Non
     pending = in_transaction(ledger, jobs.pending_chunks, job_id)
     claims = [in_transaction(ledger, jobs.claim, chunk, worker) for chunk in pending]
     together = threading.Barrier(count)
-    errors: list[BaseException] = []
+    errors: list[Exception] = []
 
     def finish(claimed: Claim) -> None:
         engine = open_ledger(ledger.url.render_as_string(hide_password=False))
         try:
             together.wait()
             in_transaction(engine, transitions.complete, claimed, jobs.result_of(claimed))
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the test reports it
             errors.append(error)
         finally:
             engine.dispose()

@@ -10,7 +10,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, make_url
+from sqlalchemy import Connection, Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
@@ -82,11 +82,15 @@ def explain(error: DBAPIError, ledger: Engine) -> ServiceError | None:
     where = ledger.url.render_as_string(hide_password=True)
     said = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
     if isinstance(error, ProgrammingError) and sqlstate(error) == UNDEFINED_TABLE:
-        return ServiceError("the ledger's tables are missing", where=where, todo="Run `virnucpro db upgrade`.")
+        return ServiceError(
+            "the ledger's tables are missing", where=where, todo="Run `virnucpro db upgrade`."
+        )
     if not isinstance(error, OperationalError):
         return None
     if sqlstate(error) == INVALID_PASSWORD or "password authentication failed" in said:
-        return ServiceError("PostgreSQL refused the password", where=where, todo="Correct the URL's user and password.")
+        return ServiceError(
+            "PostgreSQL refused the password", where=where, todo="Correct the URL's user and password."
+        )
     if sqlstate(error) == INVALID_CATALOG or "does not exist" in said:
         return ServiceError(said, where=where, todo="Create the database, or correct the URL.")
     return ServiceError(
@@ -115,7 +119,7 @@ def upgrade(url: str) -> None:
 def check_reachable(url: str) -> None:
     ledger = open_ledger(url)
     try:
-        in_transaction(ledger, lambda connection: None)
+        in_transaction(ledger, lambda tx: tx.execute(text("SELECT 1")))
     finally:
         ledger.dispose()
 

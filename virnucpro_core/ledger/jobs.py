@@ -70,8 +70,8 @@ def begin_generation(tx: Connection, job_id: int, chunks: Sequence[ChunkRange]) 
         text("""
             UPDATE jobs
                SET generation = generation + 1, state = 'running', stage = :stage, chunks_total = :chunks,
-                   chunks_left = :chunks, embeddings = 0, failed = 0, truncated = 0, unknown = 0, tokens = 0, seconds = 0,
-                   execution_class = NULL, execution = NULL, error = NULL, finished_at = NULL
+                   chunks_left = :chunks, embeddings = 0, failed = 0, truncated = 0, unknown = 0, tokens = 0,
+                   seconds = 0, execution_class = NULL, execution = NULL, error = NULL, finished_at = NULL
              WHERE id = :job
         """),
         {"job": job_id, "stage": EXTRACT, "chunks": len(chunks)},
@@ -91,7 +91,9 @@ def resume(tx: Connection, job_id: int, lost: Sequence[int] = ()) -> Resumed:
     job = lock_job(tx, job_id)
     stages_lost = set(
         tx.execute(
-            text("SELECT stage FROM artifacts WHERE id = ANY(:lost) AND job_id = :job AND generation = :generation"),
+            text(
+                "SELECT stage FROM artifacts WHERE id = ANY(:lost) AND job_id = :job AND generation = :generation"
+            ),
             {"lost": list(lost), "job": job_id, "generation": job.generation},
         ).scalars()
     )
@@ -104,7 +106,10 @@ def resume(tx: Connection, job_id: int, lost: Sequence[int] = ()) -> Resumed:
         {"job": job_id},
     )
     tx.execute(
-        text("UPDATE jobs SET state = 'running', error = NULL, finished_at = NULL WHERE id = :job AND state <> 'succeeded'"),
+        text("""
+            UPDATE jobs SET state = 'running', error = NULL, finished_at = NULL
+             WHERE id = :job AND state <> 'succeeded'
+        """),
         {"job": job_id},
     )
     reset = reset_lost_chunks(tx, job_id) if stages_lost else 0
@@ -225,7 +230,9 @@ def cancel(tx: Connection, job_id: int, *, by: str) -> None:
     job = lock_job(tx, job_id)
     if job.state != "running":
         raise JobError(f"job {job_id} is {job.state}", todo="Only a running job can be cancelled.")
-    tx.execute(text("UPDATE jobs SET state = 'cancelled', finished_at = now() WHERE id = :job"), {"job": job_id})
+    tx.execute(
+        text("UPDATE jobs SET state = 'cancelled', finished_at = now() WHERE id = :job"), {"job": job_id}
+    )
     tx.execute(
         text("""
             UPDATE chunks SET state = 'pending', lease_token = NULL, attempts = attempts - 1, error = :error
@@ -234,5 +241,6 @@ def cancel(tx: Connection, job_id: int, *, by: str) -> None:
         {"job": job_id, "error": f"cancelled by {by}"},
     )
     tx.execute(
-        text("DELETE FROM outbox o USING chunks c WHERE c.id = o.chunk_id AND c.job_id = :job"), {"job": job_id}
+        text("DELETE FROM outbox o USING chunks c WHERE c.id = o.chunk_id AND c.job_id = :job"),
+        {"job": job_id},
     )

@@ -91,7 +91,10 @@ def take_overdue(tx: Connection, queue: str, *, republish_seconds: float) -> lis
 
 
 def send_again(tx: Connection, chunk_id: int, *, delay: float) -> None:
-    """Have a published message sent again in `delay` seconds: who got it may not run the chunk. Harmless once claimed."""
+    """Have a published message sent again in `delay` seconds: who got it may not run the chunk.
+
+    Harmless once the chunk is claimed.
+    """
     tx.execute(
         text("""
             UPDATE outbox SET published_at = NULL, due_at = now() + make_interval(secs => :delay)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -52,7 +51,8 @@ class Progress:
 
 
 def progress_from_rows(rows: Sequence[Row[Any]]) -> list[Progress]:
-    return [Progress(*row) for row in rows]
+    """`Progress` of the rows that the query PROGRESS returned."""
+    return [Progress(**row._asdict()) for row in rows]
 
 
 def progress_of(tx: Connection, job_ids: Sequence[int]) -> list[Progress]:
@@ -100,7 +100,7 @@ def find_lost(artifacts: Sequence[ArtifactRow], output_root: Path) -> list[int]:
     lost = []
     for artifact in artifacts:
         try:
-            size = os.stat(output_root / artifact.path).st_size
+            size = (output_root / artifact.path).stat().st_size
         except FileNotFoundError:
             size = -1
         if size != artifact.bytes:
@@ -145,18 +145,18 @@ def chunk_ranges(tx: Connection, job_id: int) -> list[ChunkRange]:
         """),
         {"job": job_id},
     )
-    return [ChunkRange(**row._mapping) for row in rows]
+    return [ChunkRange(**row._asdict()) for row in rows]
 
 
-def failures_of(tx: Connection, job_id: int) -> Iterator[Failure]:
-    """A job's failures in input order, streamed."""
+def failures_of(tx: Connection, job_id: int, *, limit: int | None = None) -> Iterator[Failure]:
+    """A job's failures in input order, streamed; the first `limit` of them, if one is given."""
     rows = tx.execute(
         text("""
             SELECT f.record, f.record_id, f.reason, f.detail
               FROM failures f JOIN jobs j ON j.id = f.job_id AND j.generation = f.generation
-             WHERE f.job_id = :job ORDER BY f.record
+             WHERE f.job_id = :job ORDER BY f.record LIMIT :limit
         """).execution_options(yield_per=1000),
-        {"job": job_id},
+        {"job": job_id, "limit": limit},
     )
     for row in rows:
         yield Failure(row.record, row.record_id, FailureReason(row.reason), row.detail)
@@ -188,7 +188,7 @@ def get_job(tx: Connection, job_id: int) -> Row[Any]:
     Raises:
         JobError: if there is no such job.
     """
-    row = tx.execute(text(f"{JOB} WHERE j.id = :job"), {"job": job_id}).one_or_none()
+    row = tx.execute(text(JOB + " WHERE j.id = :job"), {"job": job_id}).one_or_none()
     if row is None:
         raise JobError(f"there is no job {job_id}", todo="List the jobs with `virnucpro status`.")
     return row
@@ -204,7 +204,7 @@ def find_job(tx: Connection, input_sha256: str, recipe_sha256: str) -> int | Non
 
 def list_jobs(tx: Connection, *, limit: int = 50) -> Sequence[Row[Any]]:
     """The newest jobs first, as `get_job` returns them."""
-    return tx.execute(text(f"{JOB} ORDER BY j.id DESC LIMIT :limit"), {"limit": limit}).all()
+    return tx.execute(text(JOB + " ORDER BY j.id DESC LIMIT :limit"), {"limit": limit}).all()
 
 
 def list_models(tx: Connection) -> Sequence[Row[Any]]:
@@ -216,7 +216,9 @@ def next_pending(tx: Connection, queue: str, limit: int) -> list[int]:
     """The chunks that a queue's workers are likely to be sent next. A guess, for reading ahead."""
     return list(
         tx.execute(
-            text("SELECT chunk_id FROM outbox WHERE queue = :queue AND due_at <= now() ORDER BY id LIMIT :limit"),
+            text(
+                "SELECT chunk_id FROM outbox WHERE queue = :queue AND due_at <= now() ORDER BY id LIMIT :limit"
+            ),
             {"queue": queue, "limit": limit},
         ).scalars()
     )

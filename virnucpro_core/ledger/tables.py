@@ -107,7 +107,7 @@ class Stage(Base):
 
 
 class Job(Base):
-    """One input under one recipe. Counters cover the current generation; `seconds` is what its chunks took, added up."""
+    """One input under one recipe. Counters cover the current generation; `seconds` adds up what its chunks took."""
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -116,13 +116,18 @@ class Job(Base):
         one_of("state", "running", "succeeded", "failed", "cancelled"),
         CheckConstraint("generation >= 1", name="generation_positive"),
         CheckConstraint("chunks_left BETWEEN 0 AND chunks_total", name="chunks_left_in_range"),
-        CheckConstraint("embeddings >= 0 AND failed >= 0 AND embeddings + failed <= records", name="records_conserved"),
         CheckConstraint(
-            "state <> 'succeeded' OR (chunks_left = 0 AND embeddings + failed = records)", name="success_is_complete"
+            "embeddings >= 0 AND failed >= 0 AND embeddings + failed <= records", name="records_conserved"
+        ),
+        CheckConstraint(
+            "state <> 'succeeded' OR (chunks_left = 0 AND embeddings + failed = records)",
+            name="success_is_complete",
         ),
         CheckConstraint("(finished_at IS NULL) = (state = 'running')", name="finished_unless_running"),
         CheckConstraint("(error IS NULL) = (state <> 'failed')", name="failed_says_why"),
-        CheckConstraint("(execution_class IS NULL) = (execution IS NULL)", name="execution_class_is_described"),
+        CheckConstraint(
+            "(execution_class IS NULL) = (execution IS NULL)", name="execution_class_is_described"
+        ),
         Index("ix_jobs_state", "state", postgresql_where=text("state = 'running'")),
     )
 
@@ -158,7 +163,9 @@ class Submission(Base):
         UniqueConstraint("job_id", "path", "label", "nucleotide_path"),
         one_of("label", "", "host", "viral"),
         CheckConstraint("max_failed_share BETWEEN 0 AND 1", name="share_is_a_share"),
-        CheckConstraint("(published_at IS NULL) = (published_generation IS NULL)", name="published_names_generation"),
+        CheckConstraint(
+            "(published_at IS NULL) = (published_generation IS NULL)", name="published_names_generation"
+        ),
     )
 
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
@@ -206,13 +213,16 @@ class Chunk(Base):
     __table_args__ = (
         UniqueConstraint("job_id", "stage", "ordinal"),
         one_of("state", "pending", "running", "done", "failed"),
-        CheckConstraint("byte_end > byte_start AND first_record >= 1 AND records >= 1", name="range_not_empty"),
+        CheckConstraint(
+            "byte_end > byte_start AND first_record >= 1 AND records >= 1", name="range_not_empty"
+        ),
         CheckConstraint(
             "(state = 'running') = (lease_token IS NOT NULL) AND (state <> 'running' OR worker_id IS NOT NULL)",
             name="lease_while_running",
         ),
         CheckConstraint(
-            "CASE WHEN state = 'done' THEN embeddings + failed = records ELSE embeddings IS NULL AND failed IS NULL END",
+            "CASE WHEN state = 'done' THEN embeddings + failed = records"
+            " ELSE embeddings IS NULL AND failed IS NULL END",
             name="records_conserved",
         ),
         CheckConstraint("state <> 'failed' OR error IS NOT NULL", name="failed_says_why"),
@@ -250,7 +260,10 @@ class FailureRow(Base):
     """One record without an embedding, in one generation."""
 
     __tablename__ = "failures"
-    __table_args__ = (one_of("reason", *FailureReason), CheckConstraint("record >= 1", name="record_positive"))
+    __table_args__ = (
+        one_of("reason", *FailureReason),
+        CheckConstraint("record >= 1", name="record_positive"),
+    )
 
     job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     generation: Mapped[int] = mapped_column(primary_key=True)
@@ -290,7 +303,9 @@ class Waiter(Base):
     __tablename__ = "waiters"
 
     token: Mapped[str] = mapped_column(primary_key=True)
-    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True, index=True)
+    job_id: Mapped[int] = mapped_column(
+        ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True, index=True
+    )
     since: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
@@ -300,7 +315,9 @@ class Outbox(Base):
     __tablename__ = "outbox"
     __table_args__ = (
         Index("ix_outbox_due", "queue", "id", postgresql_where=text("published_at IS NULL")),
-        Index("ix_outbox_published", "queue", "published_at", postgresql_where=text("published_at IS NOT NULL")),
+        Index(
+            "ix_outbox_published", "queue", "published_at", postgresql_where=text("published_at IS NOT NULL")
+        ),
     )
 
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)

@@ -18,8 +18,8 @@ from virnucpro_core.errors import JobError, StaleLeaseError
 from virnucpro_core.failures import Failure
 from virnucpro_core.ledger.work import Claim, NewArtifact, Result, Work
 from virnucpro_core.recipe import Recipe
-from virnucpro_core.sequences.compression import Compression
 from virnucpro_core.sequences.chunks import ChunkRange
+from virnucpro_core.sequences.compression import Compression
 
 OUTBOX_CHANNEL = "virnucpro_outbox"
 EXTRACT, MERGE, VALIDATE = "extract", "merge", "validate"
@@ -173,8 +173,11 @@ def claim(
         now = describe(tx, work.chunk_id)
         if isinstance(now, Declined):
             return now
-        return Declined(work.chunk_id, "its job is pinned to another execution class, or this worker is no longer live")
+        return Declined(
+            work.chunk_id, "its job is pinned to another execution class, or this worker is no longer live"
+        )
     tx.execute(text("DELETE FROM outbox WHERE chunk_id = :chunk"), {"chunk": work.chunk_id})
+    wake_relay(tx)  # there is room for another message
     return Claim(work, worker_id, row.lease_token, row.attempts)
 
 
@@ -190,7 +193,9 @@ def complete(tx: Connection, claim: Claim, result: Result) -> str:
     work = claim.work
     job = lock_job(tx, work.job_id)
     extracting = work.stage == EXTRACT
-    embeddings, failed = (result.embeddings, len(result.failures)) if extracting else (job.embeddings, job.failed)
+    embeddings, failed = (
+        (result.embeddings, len(result.failures)) if extracting else (job.embeddings, job.failed)
+    )
     finished = tx.execute(
         FINISH_CHUNK,
         {
@@ -278,7 +283,9 @@ def advance(tx: Connection, job_id: int) -> str:
     if following is not None:
         begin_stage(tx, job_id, following)
         return "running"
-    tx.execute(text("UPDATE jobs SET state = 'succeeded', finished_at = now() WHERE id = :job"), {"job": job_id})
+    tx.execute(
+        text("UPDATE jobs SET state = 'succeeded', finished_at = now() WHERE id = :job"), {"job": job_id}
+    )
     return "succeeded"
 
 
@@ -305,20 +312,30 @@ def restart_from(tx: Connection, job_id: int, stage: str) -> None:
     """Forget `stage` and all that follows it, and begin it anew. Whoever runs one of them is fenced off."""
     forget_stages(tx, job_id, stage)
     tx.execute(
-        text("UPDATE jobs SET state = 'running', error = NULL, finished_at = NULL WHERE id = :job"), {"job": job_id}
+        text("UPDATE jobs SET state = 'running', error = NULL, finished_at = NULL WHERE id = :job"),
+        {"job": job_id},
     )
     begin_stage(tx, job_id, stage)
 
 
 def forget_stages(tx: Connection, job_id: int, first: str) -> None:
     """Delete the chunks and artifact rows of a stage and of all later ones, in this generation."""
-    these = """stage IN (SELECT name FROM stages
-                          WHERE position >= (SELECT position FROM stages WHERE name = :stage))"""
-    parameters = {"job": job_id, "stage": first}
-    tx.execute(text(f"DELETE FROM chunks WHERE job_id = :job AND {these}"), parameters)
+    stages = list(
+        tx.execute(
+            text("""
+                SELECT name FROM stages
+                 WHERE position >= (SELECT position FROM stages WHERE name = :stage)
+            """),
+            {"stage": first},
+        ).scalars()
+    )
+    parameters = {"job": job_id, "stages": stages}
+    tx.execute(text("DELETE FROM chunks WHERE job_id = :job AND stage = ANY(:stages)"), parameters)
     tx.execute(
-        text(f"""DELETE FROM artifacts a USING jobs j
-                  WHERE j.id = :job AND a.job_id = j.id AND a.generation = j.generation AND a.{these}"""),
+        text("""
+            DELETE FROM artifacts a USING jobs j
+             WHERE j.id = :job AND a.job_id = j.id AND a.generation = j.generation AND a.stage = ANY(:stages)
+        """),
         parameters,
     )
 
@@ -395,9 +412,12 @@ def replace_artifacts(
     )
     if artifacts:
         tx.execute(
-            text("""INSERT INTO artifacts (job_id, generation, stage, ordinal, kind, path, sha256, bytes, rows, execution)
-                    VALUES (:job, :generation, :stage, :ordinal, :kind, :path, :sha256, :bytes, :rows,
-                            CAST(:execution AS jsonb))"""),
+            text("""
+                INSERT INTO artifacts (job_id, generation, stage, ordinal, kind, path, sha256, bytes, rows,
+                                       execution)
+                VALUES (:job, :generation, :stage, :ordinal, :kind, :path, :sha256, :bytes, :rows,
+                        CAST(:execution AS jsonb))
+            """),
             [
                 {
                     **place,

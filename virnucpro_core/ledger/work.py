@@ -8,8 +8,8 @@ from typing import Any
 
 from virnucpro_core.failures import Failure
 from virnucpro_core.recipe import Recipe
-from virnucpro_core.sequences.compression import Compression
 from virnucpro_core.sequences.chunks import ChunkRange
+from virnucpro_core.sequences.compression import Compression
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

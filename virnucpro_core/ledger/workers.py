@@ -40,7 +40,8 @@ def register_worker(
         The worker's id, and the chunks taken back from its predecessor.
     """
     predecessors = tx.execute(
-        text("UPDATE workers SET state = 'gone' WHERE node = :node AND state = 'live' RETURNING id"), {"node": node}
+        text("UPDATE workers SET state = 'gone' WHERE node = :node AND state = 'live' RETURNING id"),
+        {"node": node},
     ).scalars()
     recovered = [
         chunk
@@ -81,7 +82,9 @@ def beat(tx: Connection, worker_id: int, *, progress: int, lease_seconds: float)
 
 def retire_worker(tx: Connection, worker_id: int) -> list[Recovered]:
     """Strike off a worker that shuts down in order; a chunk it still holds is free again, the attempt forgiven."""
-    tx.execute(text("UPDATE workers SET state = 'gone' WHERE id = :worker AND state = 'live'"), {"worker": worker_id})
+    tx.execute(
+        text("UPDATE workers SET state = 'gone' WHERE id = :worker AND state = 'live'"), {"worker": worker_id}
+    )
     return take_back(tx, worker_id, None)
 
 
@@ -89,7 +92,9 @@ def expire_workers(tx: Connection) -> list[int]:
     """Give up the workers whose lease has run out by the database's clock; returns their ids."""
     return list(
         tx.execute(
-            text("UPDATE workers SET state = 'gone' WHERE state = 'live' AND lease_expires_at < now() RETURNING id")
+            text(
+                "UPDATE workers SET state = 'gone' WHERE state = 'live' AND lease_expires_at < now() RETURNING id"
+            )
         ).scalars()
     )
 

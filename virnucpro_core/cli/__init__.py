@@ -1,0 +1,5 @@
+"""The `virnucpro` command."""
+
+from virnucpro_core.cli.application import main
+
+__all__ = ["main"]

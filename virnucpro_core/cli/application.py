@@ -1,0 +1,62 @@
+"""The `virnucpro` command: its groups, its exit codes, and how it ends when something goes wrong."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import typer
+
+from virnucpro_core.cli import files, jobs, services, submissions, weights
+from virnucpro_core.cli.output import print_error
+from virnucpro_core.errors import VirnucproError
+from virnucpro_core.logs import configure_logging
+from virnucpro_core.stack.description import use_running_stack
+
+EXIT_CODES = {
+    0: "done",
+    1: "a job, a check or a self-test failed, or there is no such job",
+    2: "the command line or a setting is wrong",
+    3: "an input file cannot be used",
+    4: "a model's weights are missing, incomplete or not FastESM2",
+    5: "the database, the broker or another service cannot be used",
+    6: "a result is missing or damaged, or two files do not belong together",
+    7: "the device cannot run what was asked",
+    130: "interrupted",
+}
+"""What the exit codes mean; `VirnucproError.exit_code` says which error has which."""
+
+STACK_COMMANDS = ("up", "down", "demo")
+"""They make the stack: what a crashed one left behind must not pass for the user's own settings."""
+
+EPILOG = "\n\n".join(["Exit codes:", *(f"- {code}: {meaning}" for code, meaning in EXIT_CODES.items())])
+
+app = typer.Typer(
+    name="virnucpro",
+    help="FastESM2 protein features for VirNucPro: from FASTA files to validated embeddings.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (files, weights, submissions, jobs, services):
+    module.add_commands(app)
+
+
+@app.callback()
+def begin(context: typer.Context) -> None:
+    configure_logging(logging.WARNING)
+    if context.invoked_subcommand not in STACK_COMMANDS:
+        use_running_stack(os.environ)
+
+
+def main() -> None:
+    """Run the command line; the process ends here, with one of `EXIT_CODES`."""
+    try:
+        app()
+    except VirnucproError as error:
+        print_error(error)
+        sys.exit(error.exit_code)

@@ -1,0 +1,222 @@
+"""Commands about jobs in the ledger: `status`, `failures`, `retry`, `cancel`, `verify`."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from dataclasses import asdict, astuple
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from virnucpro_core.cli.connections import connect, name_person
+from virnucpro_core.cli.output import (
+    AsJson,
+    format_counts,
+    print_facts,
+    print_json,
+    print_note,
+    print_table,
+    show_progress,
+)
+from virnucpro_core.errors import ArtifactError
+from virnucpro_core.settings import load_settings
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+
+    from virnucpro_core.reports import JobReport
+    from virnucpro_core.verification import Verification
+
+PANEL = "Jobs"
+JOB_COLUMNS = (
+    "id",
+    "stem",
+    "state",
+    "stage",
+    "chunks_left",
+    "records",
+    "embeddings",
+    "failed",
+    "model",
+    "created_at",
+)
+FAILURE_COLUMNS = ("record", "id", "reason", "detail")
+SHOWN_FAILURES = 50  # in text; --csv and --json have all
+
+JobArgument = Annotated[
+    int, typer.Argument(metavar="JOB", help="The job's number, as `virnucpro status` lists it.")
+]
+
+
+def add_commands(app: typer.Typer) -> None:
+    for command in (status, failures, retry, cancel, verify):
+        app.command(rich_help_panel=PANEL)(command)
+
+
+def status(
+    job: Annotated[
+        int | None, typer.Argument(metavar="JOB", help="A job's number.", show_default="the newest 50 jobs")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the newest jobs, or all that is known of one."""
+    from virnucpro_core.ledger.database import in_transaction
+    from virnucpro_core.ledger.queries import list_jobs, live_workers
+    from virnucpro_core.reports import report_job
+
+    with connect() as ledger:
+        if job is not None:
+            report = in_transaction(ledger, report_job, job)
+            print_json(asdict(report)) if as_json else print_report(report)
+            return
+        jobs, workers = in_transaction(ledger, lambda tx: (list_jobs(tx), live_workers(tx)))
+    rows = [{column: getattr(row, column) for column in JOB_COLUMNS} for row in jobs]
+    if as_json:
+        print_json(rows)
+        return
+    print_table([column.replace("_", " ") for column in JOB_COLUMNS], [list(row.values()) for row in rows])
+    if any(row.state == "running" for row in jobs) and not workers:
+        print_note("No worker is running: `virnucpro worker` starts one, `virnucpro up` the whole stack.")
+
+
+def failures(
+    job: JobArgument,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print all as CSV: record, id, reason, detail.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the records of a job that have no embedding, and why, in input order.
+
+    Records are numbered from 1. The text form shows the first ones; --csv and --json print all.
+    """
+    from virnucpro_core.ledger.database import in_transaction
+    from virnucpro_core.ledger.queries import failure_counts, failures_of, get_job
+
+    def write(tx: Connection) -> None:
+        get_job(tx, job)
+        if as_csv:
+            writer = csv.writer(sys.stdout, lineterminator="\n")
+            writer.writerow(FAILURE_COLUMNS)
+            writer.writerows(astuple(failure) for failure in failures_of(tx, job))
+        elif as_json:
+            print_json([asdict(failure) for failure in failures_of(tx, job)])
+        else:
+            counts = failure_counts(tx, job)
+            print(f"job {job}: {format_counts(counts)}")
+            if counts:
+                first = failures_of(tx, job, limit=SHOWN_FAILURES)
+                print_table(FAILURE_COLUMNS, [astuple(failure) for failure in first])
+            if sum(counts.values()) > SHOWN_FAILURES:
+                print_note(f"The first {SHOWN_FAILURES} are shown; --csv prints all.")
+
+    with connect() as ledger:
+        in_transaction(ledger, write)
+
+
+def retry(
+    job: JobArgument,
+    reread: Annotated[
+        bool,
+        typer.Option("--verify", help="Read every file again, and redo those whose checksum is wrong, too."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Have a job do what is missing or failed, and nothing else.
+
+    A file that is missing or has another size than the ledger says is made again, and what is intact is kept.
+    This is harmless on a job that runs or is complete. A cancelled job goes on.
+    """
+    from virnucpro_core.ledger.database import in_transaction
+    from virnucpro_core.ledger.jobs import resume
+    from virnucpro_core.verification import look_at_job
+
+    with connect() as ledger:
+        root = load_settings().output_root
+        found = verify_with_bar(ledger, job) if reread else look_at_job(ledger, root, job)
+        resumed = in_transaction(ledger, resume, job, found.lost)
+    if as_json:
+        print_json({"job": job, **asdict(resumed)})
+    else:
+        print(
+            f"job {job}: {resumed.lost} of {resumed.chunks} chunks were lost; {resumed.waiting} wait to run"
+        )
+
+
+def cancel(job: JobArgument) -> None:
+    """Stop a running job. Its finished chunks are kept: `virnucpro retry` goes on with the others."""
+    from virnucpro_core.ledger.database import in_transaction
+    from virnucpro_core.ledger.jobs import cancel as cancel_job
+
+    with connect() as ledger:
+        in_transaction(ledger, cancel_job, job, by=name_person())
+    print(f"job {job} is cancelled")
+
+
+def verify(job: JobArgument, as_json: AsJson = False) -> None:
+    """Read a job's artifacts and published files again, and compare them with the ledger's checksums.
+
+    Exit 0 if every byte is as it was recorded, 6 if a file is missing or altered; `virnucpro retry JOB
+    --verify` has such files made again.
+    """
+    with connect() as ledger:
+        verification = verify_with_bar(ledger, job)
+    if as_json:
+        print_json({"passed": verification.passed, **asdict(verification)})
+    else:
+        for fault in verification.faults:
+            print(f"{fault.path}: {fault.what}")
+        outcome = (
+            "are as recorded"
+            if verification.passed
+            else f"were compared, {len(verification.faults)} are at fault"
+        )
+        print(f"job {job}: {verification.files:,} files, {verification.bytes:,} bytes {outcome}")
+    if not verification.passed:
+        raise typer.Exit(ArtifactError.exit_code)
+
+
+def verify_with_bar(ledger: Engine, job: int) -> Verification:
+    from virnucpro_core.verification import verify_job
+
+    with show_progress((f"reading job {job}", None)) as (bar,):
+        return verify_job(ledger, load_settings().output_root, job, on_progress=bar.set)
+
+
+def print_report(report: JobReport) -> None:
+    """Print all that is known of a job."""
+    share = report.failed / report.records
+    print_facts(
+        {
+            "job": report.job,
+            "file": report.stem,
+            "state": report.state,
+            "stage": report.stage,
+            "error": report.error,
+            "generation": report.generation,
+            "model": f"{report.model} (RANDOM demonstration weights)"
+            if report.demonstration
+            else report.model,
+            "chunks left": f"{report.chunks_left:,} of {report.chunks_total:,} in this stage",
+            "records": report.records,
+            "embeddings": report.embeddings,
+            "failures": f"{format_counts(report.failures)} ({share:.2%})",
+            "truncated": report.truncated,
+            "unknown residues": report.unknown,
+            "tokens": report.tokens,
+            "tokens/s": report.tokens_per_second,
+            "created": report.created_at,
+            "finished": report.finished_at,
+        }
+    )
+    for submission in report.submissions:
+        print_facts(
+            {
+                "submitted": submission.path,
+                "  by": submission.requested_by,
+                "  label": submission.label,
+                "  nucleotides": submission.nucleotide_path,
+                "  published": submission.folder if submission.published else "not yet",
+            }
+        )

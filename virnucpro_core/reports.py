@@ -1,0 +1,120 @@
+"""Reports: what people and scripts are told of a job, gathered from the ledger."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection
+
+from virnucpro_core.ledger.queries import failure_counts, get_job, submissions_of
+from virnucpro_core.ledger.work import result_folder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubmissionReport:
+    """One wish for a job.
+
+    Attributes:
+        too_many_failed: whether more of the job's records failed than the wish allows.
+        folder: where its result is published, relative to the output root.
+        published: whether that has been done in this generation.
+    """
+
+    path: str
+    stem: str
+    label: str
+    nucleotide_path: str
+    requested_by: str
+    max_failed_share: float
+    too_many_failed: bool
+    folder: str
+    published: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobReport:
+    """What is known of a job.
+
+    Attributes:
+        state: running, succeeded, failed or cancelled.
+        error: why it failed.
+        failures: records without an embedding, by reason, the most frequent first.
+        truncated: records that were cut.
+        unknown: residues that became <unk>.
+        tokens_per_second: of all workers together while they extracted, each by its own clock; None before.
+        chunks_left: of the current stage.
+        submissions: who asked for it, and with which files.
+    """
+
+    job: int
+    stem: str
+    state: str
+    stage: str
+    generation: int
+    error: str | None
+    model: str
+    demonstration: bool
+    input_sha256: str
+    records: int
+    embeddings: int
+    failed: int
+    failures: dict[str, int]
+    truncated: int
+    unknown: int
+    tokens: int
+    tokens_per_second: float | None
+    chunks_left: int
+    chunks_total: int
+    execution: dict[str, Any] | None
+    created_at: datetime
+    finished_at: datetime | None
+    submissions: tuple[SubmissionReport, ...]
+
+
+def report_job(tx: Connection, job_id: int) -> JobReport:
+    """All that is known of a job.
+
+    Raises:
+        JobError: there is no such job.
+    """
+    job = get_job(tx, job_id)
+    return JobReport(
+        job=job.id,
+        stem=job.stem,
+        state=job.state,
+        stage=job.stage,
+        generation=job.generation,
+        error=job.error,
+        model=job.model,
+        demonstration=job.recipe["demonstration"],
+        input_sha256=job.input_sha256,
+        records=job.records,
+        embeddings=job.embeddings,
+        failed=job.failed,
+        failures=failure_counts(tx, job_id),
+        truncated=job.truncated,
+        unknown=job.unknown,
+        tokens=job.tokens,
+        tokens_per_second=job.tokens / job.seconds if job.seconds else None,
+        chunks_left=job.chunks_left,
+        chunks_total=job.chunks_total,
+        execution=job.execution,
+        created_at=job.created_at,
+        finished_at=job.finished_at,
+        submissions=tuple(
+            SubmissionReport(
+                path=submission.path,
+                stem=submission.stem,
+                label=submission.label,
+                nucleotide_path=submission.nucleotide_path,
+                requested_by=submission.requested_by,
+                max_failed_share=submission.max_failed_share,
+                too_many_failed=job.failed > submission.max_failed_share * job.records,
+                folder=result_folder(submission.stem, job.input_sha256, job.recipe_sha256),
+                published=submission.published_generation == job.generation,
+            )
+            for submission in submissions_of(tx, job_id)
+        ),
+    )

@@ -1,0 +1,159 @@
+"""Verification: a job's files, looked at again and compared with what the ledger says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sqlalchemy import Connection, Engine
+
+from virnucpro_core.errors import ArtifactError
+from virnucpro_core.features.files import hash_file
+from virnucpro_core.features.manifests import read_manifest
+from virnucpro_core.ledger.database import in_transaction
+from virnucpro_core.ledger.queries import ArtifactRow, artifacts_of, find_lost, get_job, submissions_of
+from virnucpro_core.ledger.transitions import VALIDATE
+from virnucpro_core.ledger.work import result_folder
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A file that is not as the ledger says; `path` is relative to the output root."""
+
+    path: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What looking at a job's files found.
+
+    Attributes:
+        files: files that were looked at, published ones included.
+        bytes: size of the artifacts, by the ledger.
+        faults: the files that are missing or altered.
+        lost: ids of the artifacts that `resume` has to be told are lost, so that the faults are mended.
+    """
+
+    job_id: int
+    files: int
+    bytes: int
+    faults: tuple[Fault, ...]
+    lost: tuple[int, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.faults
+
+
+@dataclass(frozen=True, slots=True)
+class JobFiles:
+    """The files that a job should have.
+
+    Attributes:
+        artifacts: of its current generation.
+        published: for each published path, relative to the output root, the checksums that it may have.
+    """
+
+    artifacts: list[ArtifactRow]
+    published: dict[str, Collection[str]]
+
+
+@dataclass(slots=True)
+class Reader:
+    """Compares files with checksums; a file that has several names (hard links) is read once."""
+
+    digests: dict[tuple[int, int], str] = field(default_factory=dict)
+
+    def compare(self, path: Path, expected: Collection[str]) -> str:
+        """How a file differs from what is expected; empty if its sha256 is one of `expected`."""
+        try:
+            status = path.stat()
+            inode = (status.st_dev, status.st_ino)
+            if inode not in self.digests:
+                self.digests[inode] = hash_file(path)
+        except FileNotFoundError:
+            return "it is missing"
+        except (OSError, ArtifactError) as error:
+            return f"it cannot be read: {error}"
+        found = self.digests[inode]
+        return "" if found in expected else f"its sha256 is {found}, which is not what was recorded"
+
+
+def verify_job(
+    ledger: Engine, output_root: Path, job_id: int, *, on_progress: Callable[[int, int], None] | None = None
+) -> Verification:
+    """Read all files of a job's current generation, and compare their bytes with the ledger's checksums.
+
+    Args:
+        on_progress: called with the bytes of artifacts compared so far, and with all there are.
+
+    Raises:
+        JobError: there is no such job.
+    """
+    files = in_transaction(ledger, find_files, output_root, job_id)
+    total = sum(artifact.bytes for artifact in files.artifacts)
+    reader = Reader()
+    faults: dict[str, str] = {}
+    done = 0
+    for artifact in files.artifacts:
+        faults[artifact.path] = reader.compare(output_root / artifact.path, {artifact.sha256})
+        done += artifact.bytes
+        if on_progress is not None:
+            on_progress(done, total)
+    for path, expected in files.published.items():
+        faults[path] = reader.compare(output_root / path, expected)
+    return conclude(job_id, files, faults)
+
+
+def look_at_job(ledger: Engine, output_root: Path, job_id: int) -> Verification:
+    """As `verify_job`, but reads no contents: files have to exist, and artifacts to have their size.
+
+    Raises:
+        JobError: there is no such job.
+    """
+    files = in_transaction(ledger, find_files, output_root, job_id)
+    lost = set(find_lost(files.artifacts, output_root))
+    faults = {a.path: "it is missing or has another size" if a.id in lost else "" for a in files.artifacts}
+    faults |= {path: "" if (output_root / path).is_file() else "it is missing" for path in files.published}
+    return conclude(job_id, files, faults)
+
+
+def find_files(tx: Connection, output_root: Path, job_id: int) -> JobFiles:
+    """The files that a job should have in its current generation."""
+    job = get_job(tx, job_id)
+    artifacts = artifacts_of(tx, job_id)
+    recorded = frozenset(artifact.sha256 for artifact in artifacts)
+    published: dict[str, Collection[str]] = {}
+    for submission in submissions_of(tx, job_id):
+        if submission.published_generation != job.generation:
+            continue
+        base = f"{result_folder(submission.stem, job.input_sha256, job.recipe_sha256)}/{submission.stem}"
+        published[f"{base}.manifest.json"] = recorded
+        # A manifest that cannot be read is compared, too, and is the fault to report.
+        with suppress(ArtifactError):
+            for file in read_manifest(output_root / f"{base}.manifest.json").files:
+                published[str(Path(base).with_name(file.name))] = recorded & {file.sha256}
+        if job.failed:
+            published[f"{base}.failures.jsonl"] = recorded
+        if submission.nucleotide_path:
+            published[f"{base}_merged.pt"] = recorded
+    return JobFiles(artifacts, published)
+
+
+def conclude(job_id: int, files: JobFiles, faults: dict[str, str]) -> Verification:
+    """Sum up what was found per path. Published files are mended by validating, and so publishing, again."""
+    publish_again = any(faults[path] for path in files.published)
+    return Verification(
+        job_id=job_id,
+        files=len(faults),
+        bytes=sum(artifact.bytes for artifact in files.artifacts),
+        faults=tuple(Fault(path, what) for path, what in faults.items() if what),
+        lost=tuple(
+            artifact.id
+            for artifact in files.artifacts
+            if faults[artifact.path] or (publish_again and artifact.stage == VALIDATE)
+        ),
+    )
