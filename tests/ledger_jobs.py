@@ -69,7 +69,9 @@ def register(
     )
 
 
-def start_worker(tx: Connection, node: str = "cpu@test", queue: str = "extract", lease_seconds: float = 60) -> int:
+def start_worker(
+    tx: Connection, node: str = "cpu@test", queue: str = "extract", lease_seconds: float = 60
+) -> int:
     worker_id, _ = workers.register_worker(
         tx, node=node, queue=queue, host="test", pid=1, device="cpu", lease_seconds=lease_seconds
     )
@@ -79,7 +81,8 @@ def start_worker(tx: Connection, node: str = "cpu@test", queue: str = "extract",
 def pending_chunks(tx: Connection, job_id: int) -> list[int]:
     return list(
         tx.execute(
-            text("SELECT id FROM chunks WHERE job_id = :job AND state = 'pending' ORDER BY id"), {"job": job_id}
+            text("SELECT id FROM chunks WHERE job_id = :job AND state = 'pending' ORDER BY id"),
+            {"job": job_id},
         ).scalars()
     )
 
@@ -88,7 +91,9 @@ def claim(tx: Connection, chunk_id: int, worker_id: int, execution_class: str = 
     """Claim a chunk that must be free."""
     work = transitions.describe(tx, chunk_id)
     assert not isinstance(work, transitions.Declined), work
-    claimed = transitions.claim(tx, work, worker_id, execution_class=execution_class, execution={"name": execution_class})
+    claimed = transitions.claim(
+        tx, work, worker_id, execution_class=execution_class, execution={"name": execution_class}
+    )
     assert not isinstance(claimed, transitions.Declined), claimed
     return claimed
 

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.integration
 def test_migrations_build_the_tables_that_the_code_describes(ledger_url: str) -> None:
     engine = create_engine(ledger_url)
     with engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
+        context = MigrationContext.configure(
+            connection, opts={"compare_type": True, "compare_server_default": True}
+        )
         assert compare_metadata(context, Base.metadata) == []
     engine.dispose()
 

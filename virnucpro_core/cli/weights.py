@@ -117,7 +117,7 @@ def add(
 
     checkpoint = inspect_checkpoint(folder)
     with connect("owner") as ledger:
-        in_transaction(ledger, register_checkpoint, name, checkpoint, load_settings().model_root)
+        in_transaction(ledger, register, name, checkpoint, load_settings().model_root)
     show_checkpoint(checkpoint, as_json, name=name)
 
 
@@ -191,21 +191,12 @@ def selftest(
         raise typer.Exit(1)
 
 
-def register_checkpoint(tx: Connection, name: str, checkpoint: Checkpoint, model_root: Path) -> None:
+def register(tx: Connection, name: str, checkpoint: Checkpoint, model_root: Path) -> None:
     """Enter a checkpoint, and the self-tests' verdicts that its folder holds."""
-    from virnucpro_core.ledger.registration import add_model, keep_selftest
+    from virnucpro_core.ledger.registration import keep_selftest
+    from virnucpro_core.models import register_checkpoint
 
-    folder, root = checkpoint.folder.resolve(), model_root.resolve()
-    add_model(
-        tx,
-        name=name,
-        path=str(folder.relative_to(root) if folder.is_relative_to(root) else folder),
-        weights_sha256=checkpoint.sha256,
-        layers=checkpoint.layers,
-        token_dropout=checkpoint.token_dropout,
-        demonstration=checkpoint.demonstration,
-        config=checkpoint.config,
-    )
+    register_checkpoint(tx, name, checkpoint, model_root)
     verdicts = find_verdicts(checkpoint)
     if verdicts:
         keep_selftest(tx, checkpoint.sha256, verdicts)

@@ -1,0 +1,64 @@
+# The two commands of the README are `make run` and `make test`; both rest on `make setup`.
+#
+#   PYTHON=python3.12     which Python makes .venv (3.11 to 3.13)
+#   TORCH_INDEX=URL       a further package index, for another build of torch (the CPU's is a tenth of the size:
+#                         https://download.pytorch.org/whl/cpu)
+#   FASTA=path            what `make run` embeds
+
+SHELL := /bin/bash
+PYTHON ?= python3
+FASTA ?= samples/proteins.fasta
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run up down lint test test-system test-gpu bench
+
+help:
+	@echo 'make run          set up, start everything, embed $(FASTA), print a summary, stop'
+	@echo 'make test         set up, then every check and test that needs no GPU, root or browser'
+	@echo 'make setup        .venv with the pinned dependencies'
+	@echo 'make up, down     start the stack and keep it; stop it'
+	@echo 'make lint         style, types, and which room may import which'
+	@echo 'make test-system  the tests that need root or system packages'
+	@echo 'make test-gpu     the tests that need an NVIDIA GPU'
+	@echo 'make bench        the benchmarks, into benchmarks/results'
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo 'Python 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12 $(MAKECMDGOALS)' >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+		{ echo 'The venv module is needed (Debian, Ubuntu: apt install python3-venv)' >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[dev]'
+	@touch $@
+
+run: $(INSTALLED)
+	$(BIN)/virnucpro demo $(FASTA)
+
+up: $(INSTALLED)
+	$(BIN)/virnucpro up
+
+down: $(INSTALLED)
+	$(BIN)/virnucpro down
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest -m 'not gpu and not system'
+
+test-system: $(INSTALLED)
+	$(BIN)/pytest -m system
+
+test-gpu: $(INSTALLED)
+	$(BIN)/pytest -m gpu
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.registration
+	$(BIN)/python -m benchmarks.ledger

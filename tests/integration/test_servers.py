@@ -1,0 +1,132 @@
+"""The embedded servers: they start, keep strangers out, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import psutil
+import psycopg
+import pytest
+import redis
+from sqlalchemy.engine import make_url
+
+from virnucpro_core.errors import ServiceError
+from virnucpro_core.stack.postgres import LedgerUrls, PostgresServer
+from virnucpro_core.stack.processes import Secrets, choose_port
+from virnucpro_core.stack.valkey import ValkeyServer
+
+pytestmark = pytest.mark.integration
+
+
+def connect(url: str, **overrides: str) -> psycopg.Connection:
+    parts = make_url(url)
+    given = {"host": parts.host, "user": parts.username, "password": parts.password, "dbname": parts.database}
+    return psycopg.connect(**(given | {"port": parts.port} | overrides))
+
+
+def test_each_role_logs_in_with_its_own_password(database_urls: LedgerUrls) -> None:
+    for role, url in database_urls.items():
+        with connect(url) as connection:
+            assert connection.execute("SELECT current_user").fetchone() == (f"virnucpro_{role}",)
+    assert len({make_url(url).password for url in database_urls.values()}) == 3
+
+
+def test_a_wrong_password_is_refused(database_url: str) -> None:
+    with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+        connect(database_url, password="wrong")
+
+
+def test_a_database_is_closed_to_other_roles(postgres: PostgresServer, database_url: str) -> None:
+    postgres.create_role("stranger")
+    with pytest.raises(psycopg.OperationalError, match="permission denied for database"):
+        connect(postgres.url(str(make_url(database_url).database), "stranger"))
+
+
+def test_the_broker_wants_its_password(valkey_server: ValkeyServer, broker_url: str) -> None:
+    assert redis.Redis.from_url(broker_url).ping()
+    with pytest.raises(redis.AuthenticationError):
+        redis.Redis(port=valkey_server.port).ping()
+
+
+def test_servers_listen_on_loopback_alone(postgres: PostgresServer, valkey_server: ValkeyServer) -> None:
+    listening = {
+        connection.laddr.port: connection.laddr.ip
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening[postgres.port] == "127.0.0.1"
+    assert listening[valkey_server.port] == "127.0.0.1"
+
+
+def test_secrets_are_in_private_files_and_in_no_argument_list(
+    postgres: PostgresServer, valkey_server: ValkeyServer, server_secrets: Secrets
+) -> None:
+    files = [*server_secrets.folder.iterdir(), valkey_server.configuration]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    assert stat.S_IMODE(server_secrets.folder.stat().st_mode) == 0o700
+    passwords = [file.read_text() for file in server_secrets.folder.iterdir()]
+    arguments = [
+        part for process in psutil.process_iter(["cmdline"]) for part in process.info["cmdline"] or []
+    ]
+    assert not [part for part in arguments for password in passwords if password in part]
+
+
+def test_data_outlives_a_restart(tmp_path: Path) -> None:
+    server = PostgresServer(tmp_path / "postgres", choose_port(), Secrets(tmp_path / "secrets"))
+    for statement in ("CREATE TABLE kept ()", "SELECT * FROM kept"):
+        server.prepare()
+        with server.process(tmp_path / "log") as process:
+            process.start(server.is_ready)
+            with server.connect() as connection:
+                connection.execute(statement)
+
+
+def test_a_server_that_cannot_start_shows_the_end_of_its_log(
+    valkey_server: ValkeyServer, tmp_path: Path
+) -> None:
+    second = ValkeyServer(tmp_path / "valkey", valkey_server.port, Secrets(tmp_path / "secrets"))
+    second.prepare()
+    with (
+        pytest.raises(ServiceError, match=r"(?s)ended while starting.*Address already in use"),
+        second.process(tmp_path / "log") as process,
+    ):
+        process.start(second.is_ready)
+
+
+STARTER = """
+    import sys, time
+    from pathlib import Path
+    from virnucpro_core.stack.postgres import PostgresServer
+    from virnucpro_core.stack.processes import Secrets, choose_port
+    from virnucpro_core.stack.valkey import ValkeyServer
+
+    folder = Path(sys.argv[1])
+    secrets = Secrets(folder / "secrets")
+    for server in (
+        PostgresServer(folder / "postgres", choose_port(), secrets),
+        ValkeyServer(folder / "valkey", choose_port(), secrets),
+    ):
+        server.prepare()
+        server.process(folder / "log").start(server.is_ready)
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_servers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", textwrap.dedent(STARTER), str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        assert starter.stdout.readline() == "ready\n"
+        children = psutil.Process(starter.pid).children(recursive=True)
+        assert {"postgres", "valkey-server"} <= {child.name() for child in children}
+        os.kill(starter.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(children, timeout=20)
+    # An orphan that nobody reaps (a container without an init) stays a zombie: it has ended all the same.
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []

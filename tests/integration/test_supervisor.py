@@ -1,0 +1,168 @@
+"""supervisord as the stack uses it: started, asked, and gone without a trace."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from virnucpro_core.errors import ServiceError, SettingsError
+from virnucpro_core.stack.supervisor import Program, Supervisor, is_alive
+
+pytestmark = pytest.mark.integration
+
+FAMILY = "import subprocess, sys, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"
+DEAF = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("deaf", flush=True)
+time.sleep(600)
+"""
+PRINTER = """
+import os, time
+print(os.environ["TOLD"], os.environ.get("VIRNUCPRO_DATABASE_URL"), flush=True)
+time.sleep(600)
+"""
+
+
+def python(name: str, code: str, **options: object) -> Program:
+    argv = [sys.executable, "-c", code]
+    return Program(name=name, group="services", argv=argv, **({"settle_seconds": 1} | options))  # type: ignore[arg-type]
+
+
+def eventually(check: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+    supervisor = Supervisor(tmp_path)
+    yield supervisor
+    if supervisor.is_running():
+        supervisor.shutdown()
+
+
+def launch(supervisor: Supervisor, *programs: Program) -> None:
+    supervisor.launch(programs, working_folder=supervisor.folder, detached=False)
+    for program in programs:
+        supervisor.start(program.name)
+
+
+def test_a_program_gets_its_environment_and_no_setting_of_ours(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIRNUCPRO_DATABASE_URL", "postgresql://somebody:secret@elsewhere/ledger")
+    awkward = "100%, it's a=b; back\\slash"
+    launch(supervisor, python("printer", PRINTER, environment={"TOLD": awkward}))
+    log = supervisor.log_of("printer")
+    eventually(lambda: log.exists() and log.read_text() == f"{awkward} None\n")
+
+
+def test_what_the_configuration_cannot_hold_is_refused(supervisor: Supervisor) -> None:
+    program = python("printer", PRINTER, environment={"TOLD": "folder #2"})
+    with pytest.raises(SettingsError, match="folder #2"):
+        supervisor.launch([program], working_folder=supervisor.folder, detached=False)
+
+
+def test_a_program_that_ends_is_started_again(supervisor: Supervisor) -> None:
+    launch(supervisor, python("steady", "import time; time.sleep(600)"))
+    eventually(lambda: supervisor.states()["steady"] == "RUNNING")
+    first = supervisor.pid("steady")
+    os.kill(first, signal.SIGKILL)
+    eventually(lambda: supervisor.pid("steady") not in (0, first))
+
+
+def test_a_program_that_keeps_failing_is_given_up(supervisor: Supervisor) -> None:
+    launch(supervisor, python("broken", "raise SystemExit('no such thing')"))
+    eventually(lambda: not supervisor.is_alive("broken"))
+    assert supervisor.states() == {"broken": "FATAL"}
+    assert "no such thing" in supervisor.log_of("broken").read_text()
+
+
+def test_shutdown_leaves_no_process(supervisor: Supervisor) -> None:
+    launch(supervisor, python("family", FAMILY), python("deaf", DEAF, stop_seconds=1))
+    eventually(lambda: len(psutil.Process(supervisor.pid("family")).children()) == 1)
+    eventually(lambda: supervisor.log_of("deaf").exists() and "deaf" in supervisor.log_of("deaf").read_text())
+    supervisord = psutil.Process(supervisor.pid("family")).parent()
+    assert supervisord is not None
+    family = [supervisord, *supervisord.children(recursive=True)]
+    assert len(family) >= 4  # supervisord, family and its child, deaf
+    supervisor.shutdown()
+    assert [process for process in family if is_alive(process)] == []
+    assert not supervisor.is_running()
+
+
+def test_the_socket_is_private(supervisor: Supervisor) -> None:
+    launch(supervisor)
+    assert supervisor.socket.stat().st_mode & 0o077 == 0
+    assert supervisor.configuration.stat().st_mode & 0o077 == 0
+
+
+def test_a_folder_with_too_long_a_name_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    with pytest.raises(SettingsError, match="too long for a unix socket"):
+        Supervisor(folder).launch([], working_folder=folder, detached=False)
+
+
+def test_asking_one_that_does_not_run_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ServiceError, match="make up"):
+        Supervisor(tmp_path).states()
+
+
+STARTER = """
+    import sys, time
+    from pathlib import Path
+    from virnucpro_core.stack.processes import tied_to_parent
+    from virnucpro_core.stack.supervisor import Program, Supervisor
+
+    folder = Path(sys.argv[1])
+    supervisor = Supervisor(folder)
+    program = Program(name="sleeper", group="services", argv=tied_to_parent(["sleep", "600"]))
+    supervisor.launch([program], working_folder=folder, detached=sys.argv[2] == "detached")
+    supervisor.start("sleeper")
+    print(supervisor.pid("sleeper"), flush=True)
+    time.sleep(600)
+"""
+
+
+def kill_starter(folder: Path, how: str) -> psutil.Process:
+    """Start supervisord from a process of its own and kill that one; returns the program's process."""
+    argv = [sys.executable, "-c", textwrap.dedent(STARTER), str(folder), how]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        sleeper = psutil.Process(int(starter.stdout.readline()))
+        starter.kill()
+    return sleeper
+
+
+def test_all_ends_with_the_process_that_started_it(supervisor: Supervisor) -> None:
+    sleeper = kill_starter(supervisor.folder, "tied")
+    eventually(lambda: not is_alive(sleeper))
+    eventually(lambda: not supervisor.is_running())
+
+
+def test_detached_it_goes_on_until_it_is_stopped(supervisor: Supervisor) -> None:
+    sleeper = kill_starter(supervisor.folder, "detached")
+    assert is_alive(sleeper)
+    supervisor.shutdown()
+    assert not is_alive(sleeper)
+
+
+def test_programs_end_when_supervisord_is_killed(supervisor: Supervisor) -> None:
+    sleeper = kill_starter(supervisor.folder, "detached")
+    supervisord = sleeper.parent()
+    assert supervisord is not None
+    supervisord.kill()
+    eventually(lambda: not is_alive(sleeper))

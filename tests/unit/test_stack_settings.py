@@ -1,0 +1,123 @@
+"""What a stack makes of its settings: which servers it starts, and what each program is told."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from virnucpro_core.errors import SettingsError
+from virnucpro_core.settings import Settings
+from virnucpro_core.stack.composition import Composition, compose
+from virnucpro_core.stack.description import SOCKET, Description, read_description, use_running_stack
+
+pytestmark = pytest.mark.unit
+
+LEDGER = "postgresql://me:hidden@db.example/ledger"
+AIRFLOW = "postgresql+psycopg://me:hidden@db.example/airflow"
+BROKER = "redis://:hidden@broker.example/3"
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for field in Settings.model_fields:
+        monkeypatch.delenv(f"VIRNUCPRO_{field.upper()}", raising=False)
+        monkeypatch.delenv(f"VIRNUCPRO_{field.upper()}_FILE", raising=False)
+
+
+def compose_at(folder: Path, **settings: object) -> Composition:
+    return compose(Settings.model_validate(settings), folder, gpus="none", fixed_ports=False)
+
+
+def test_servers_of_the_users_own_are_not_started(tmp_path: Path) -> None:
+    parts = compose_at(tmp_path, database_url=LEDGER, airflow_database_url=AIRFLOW, broker_url=BROKER)
+    assert parts.postgres is None
+    assert parts.valkey is None
+    assert {program.name for program in parts.programs if program.group == "servers"} == set()
+    assert parts.ledger_urls["dag"] == "postgresql+psycopg://me:hidden@db.example/ledger"
+    assert parts.airflow.database_url == AIRFLOW
+
+
+def test_a_broker_of_the_users_own_leaves_the_database_to_us(tmp_path: Path) -> None:
+    parts = compose_at(tmp_path, broker_url=BROKER)
+    assert parts.valkey is None
+    assert parts.postgres is not None
+    broker = Path(parts.description.environment["VIRNUCPRO_BROKER_URL_FILE"])
+    assert broker.read_text() == BROKER
+
+
+def test_a_ledger_elsewhere_needs_a_database_for_airflow_too(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="VIRNUCPRO_AIRFLOW_DATABASE_URL"):
+        compose_at(tmp_path, database_url=LEDGER)
+
+
+def test_no_secret_is_in_an_argument_an_environment_or_an_open_file(tmp_path: Path) -> None:
+    parts = compose_at(tmp_path)
+    secrets = [file.read_text() for file in (tmp_path / "secrets").iterdir()]
+    told = [text for program in parts.programs for text in (*program.argv, *program.environment.values())]
+    told.append(json.dumps(parts.description.environment))
+    assert len(secrets) > 8
+    assert not [text for text in told for secret in secrets if secret in text]
+    for file in tmp_path.rglob("*"):
+        if file.is_file() and any(secret in file.read_text() for secret in secrets):
+            assert file.stat().st_mode & 0o077 == 0, file
+
+
+def test_each_program_gets_the_database_role_that_it_needs(tmp_path: Path) -> None:
+    expected = {"postgres": "", "valkey": "", "workers": "worker", "relay": "worker", "flower": "worker"}
+    expected |= {"api-server": "dag", "scheduler": "dag", "dag-processor": "dag", "triggerer": "dag"}
+    for program in compose_at(tmp_path).programs:
+        given = [name for name in program.environment if name.endswith("_DATABASE_URL_FILE")]
+        role = expected.pop(program.name)
+        assert given == ([f"VIRNUCPRO_{role.upper()}_DATABASE_URL_FILE"] if role else [])
+    assert not expected
+
+
+def test_programs_are_told_the_settings_that_were_made(tmp_path: Path) -> None:
+    parts = compose_at(tmp_path, inbox=Path("here"), chunk_tokens=777)
+    environment = next(program for program in parts.programs if program.name == "workers").environment
+    assert environment["VIRNUCPRO_CHUNK_TOKENS"] == "777"
+    assert environment["VIRNUCPRO_INBOX"] == str(Path.cwd() / "here")
+    assert environment["VIRNUCPRO_DTYPE"] == "float32"
+    assert "VIRNUCPRO_LEASE_SECONDS" not in environment
+
+
+@pytest.fixture
+def described(tmp_path: Path) -> Description:
+    description = Description(
+        urls={},
+        logins="",
+        environment={"VIRNUCPRO_INBOX": "/stack/inbox", "VIRNUCPRO_BROKER_URL_FILE": "/stack/secrets/broker"},
+    )
+    description.write(tmp_path)
+    return description
+
+
+@pytest.fixture
+def running(tmp_path: Path, described: Description) -> Iterator[Description]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / SOCKET))
+        listener.listen()
+        yield described
+
+
+def test_commands_find_the_running_stack(tmp_path: Path, running: Description) -> None:
+    environment: dict[str, str] = {}
+    assert use_running_stack(environment, tmp_path)
+    assert environment == running.environment
+
+
+def test_a_setting_made_by_hand_stands(tmp_path: Path, running: Description) -> None:
+    environment = {"VIRNUCPRO_BROKER_URL": BROKER, "VIRNUCPRO_INBOX": "/mine"}
+    assert use_running_stack(environment, tmp_path)
+    assert environment == {"VIRNUCPRO_BROKER_URL": BROKER, "VIRNUCPRO_INBOX": "/mine"}
+
+
+def test_what_a_killed_stack_left_behind_does_not_count(tmp_path: Path, described: Description) -> None:
+    assert read_description(tmp_path) is None
+    environment: dict[str, str] = {}
+    assert not use_running_stack(environment, tmp_path)
+    assert environment == {}

@@ -1,0 +1,246 @@
+"""`make run`: random weights, the stack, one file through the DAG, a summary, and everything stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from sqlalchemy import Connection, Engine, Row
+
+from virnucpro_core.errors import InputError, JobError, ServiceError
+from virnucpro_core.features.files import hash_file
+from virnucpro_core.features.manifests import Manifest, find_faults, read_manifest
+from virnucpro_core.ledger.database import in_transaction, open_ledger
+from virnucpro_core.ledger.queries import find_job, get_job
+from virnucpro_core.ledger.registration import recipe_for
+from virnucpro_core.ledger.work import result_folder
+from virnucpro_core.models import register_checkpoint
+from virnucpro_core.settings import load_settings
+from virnucpro_core.stack.airflow import ask, log_in
+from virnucpro_core.stack.description import STATE_FOLDER, Description, read_description
+from virnucpro_core.stack.processes import Secrets
+from virnucpro_core.stack.stack import Stack
+
+DAG = "virnucpro_ingest"
+MODEL = "demo"
+PARSE_SECONDS = 120.0
+RUN_SECONDS = 3600.0
+POLL_SECONDS = 1.0
+MAX_FAILED_SHARE = 0.5  # the sample holds bad records on purpose
+LOG_EVENTS = 5  # of a failed task, at the end
+
+
+def run_demo(fasta: Path, *, state_folder: Path = STATE_FOLDER, console: Console | None = None) -> int:
+    """Embed a FASTA file with demonstration weights through Airflow, the ledger and Celery.
+
+    A stack that runs already is used and left running; otherwise one is started and stopped.
+
+    Returns:
+        0 if the job succeeded and its result is valid, else 1.
+
+    Raises:
+        InputError: there is no such file.
+        ServiceError: a part of the stack did not start or did not answer in time.
+    """
+    from virnucpro_core.embedding.demonstration import write_demo_weights
+
+    console = console or Console()
+    if not fasta.is_file():
+        raise InputError("There is no such file", where=str(fasta), todo="Name a FASTA file.")
+    checkpoint = write_demo_weights(load_settings().model_root / MODEL)
+    console.print(
+        Panel(
+            "The weights are RANDOM, made for this demonstration: the embeddings mean nothing.\n"
+            "The recipe and the manifest of the result say so too.",
+            title="Demonstration",
+            style="bold yellow",
+        )
+    )
+    with interrupted_by_sigterm(), running_stack(state_folder, console) as description:
+        ledger = open_ledger(load_settings().database_url_for("owner"))
+        try:
+            in_transaction(ledger, register_checkpoint, MODEL, checkpoint, load_settings().model_root)
+            password = Secrets(state_folder / "secrets").read("airflow-admin")
+            started = time.time()
+            with log_in(description.urls["Airflow"], password) as airflow:
+                run = trigger(airflow, fasta.absolute())
+                sha256 = hash_file(fasta)
+                state = follow(airflow, run, ledger, sha256, console)
+                if state == "failed":
+                    show_failed_tasks(airflow, run, console)
+            return summarise(ledger, sha256, state, started, console)
+        finally:
+            ledger.dispose()
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM (as `make` sends it when it is stopped) unwinds like Ctrl-C, so that everything is stopped."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def running_stack(state_folder: Path, console: Console) -> Iterator[Description]:
+    """The stack of a state folder, whose settings become this process's; started and stopped if need be."""
+    stack = Stack(load_settings(), state_folder)
+    description = read_description(state_folder) if stack.status() else None
+    is_ours = description is None
+    if description is None:
+        with console.status("starting") as status:
+            description = stack.start(on_step=lambda step: status.update(f"starting: {step}"))
+    try:
+        os.environ.update(description.environment)
+        load_settings.cache_clear()
+        yield description
+    finally:
+        if is_ours:
+            with console.status("stopping"):
+                stack.stop()
+
+
+def trigger(airflow: httpx.Client, fasta: Path) -> str:
+    """Start the DAG for a file; returns the run's id.
+
+    Raises:
+        ServiceError: Airflow does not know the DAG, or refuses the run.
+    """
+    wait_for_dag(airflow)
+    conf = {"files": [str(fasta)], "model": MODEL, "max_failed_share": MAX_FAILED_SHARE}
+    return str(ask(airflow, "POST", f"/dags/{DAG}/dagRuns", logical_date=None, conf=conf)["dag_run_id"])
+
+
+def follow(airflow: httpx.Client, run: str, ledger: Engine, sha256: str, console: Console) -> str:
+    """Show the progress of an input's job until the run ends; returns the run's state.
+
+    Raises:
+        ServiceError: the run takes too long.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    deadline = time.monotonic() + RUN_SECONDS
+    with Progress(*columns, console=console) as progress:
+        stage = "register"
+        bar = progress.add_task(stage, total=None)
+        while time.monotonic() < deadline:
+            state = str(ask(airflow, "GET", f"/dags/{DAG}/dagRuns/{run}")["state"])
+            job = find_demo_job(ledger, sha256)
+            if job is not None:
+                if job.stage != stage:
+                    stage = job.stage
+                    progress.console.print(f"job {job.id}: {stage}")
+                done = job.embeddings + job.failed
+                progress.update(bar, description=stage, total=job.records, completed=done)
+            if state in ("success", "failed"):
+                return state
+            time.sleep(POLL_SECONDS)
+    raise ServiceError(
+        f"The DAG run did not end within {RUN_SECONDS:.0f} s",
+        where=run,
+        todo="Look at it in Airflow's pages.",
+    )
+
+
+def show_failed_tasks(airflow: httpx.Client, run: str, console: Console) -> None:
+    """Print which tasks of a run failed, and the end of what each one logged."""
+    tasks = ask(airflow, "GET", f"/dags/{DAG}/dagRuns/{run}/taskInstances?state=failed")["task_instances"]
+    for task in tasks:
+        console.print(
+            f"[bold red]task {task['task_id']} (map index {task['map_index']}) failed[/]; its log ends:"
+        )
+        log = f"/dags/{DAG}/dagRuns/{run}/taskInstances/{task['task_id']}/logs/{task['try_number']}"
+        content = ask(airflow, "GET", f"{log}?map_index={task['map_index']}")["content"]
+        for event in content[-LOG_EVENTS:]:
+            errors = [
+                f"{error['exc_type']}: {error['exc_value']}" for error in event.get("error_detail") or ()
+            ]
+            console.print("  ", event["event"], *errors, markup=False, highlight=False)
+
+
+def wait_for_dag(airflow: httpx.Client) -> None:
+    """Wait until Airflow has parsed the DAG.
+
+    Raises:
+        ServiceError: it has not within the time; carries Airflow's import errors.
+    """
+    deadline = time.monotonic() + PARSE_SECONDS
+    while airflow.get(f"/dags/{DAG}").status_code != httpx.codes.OK:
+        if time.monotonic() > deadline:
+            errors = ask(airflow, "GET", "/importErrors")["import_errors"]
+            found = "\n".join(f"{error['filename']}:\n{error['stack_trace']}" for error in errors)
+            raise ServiceError(
+                f"Airflow does not know the DAG {DAG}\n{found}",
+                where="dags",
+                todo="Read the DAG processor's log.",
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def find_demo_job(ledger: Engine, sha256: str) -> Row[Any] | None:
+    """The job of an input under the demonstration model, if it is registered."""
+    settings = load_settings()
+
+    def find(tx: Connection) -> Row[Any] | None:
+        recipe = recipe_for(tx, MODEL, dtype=settings.dtype, residues=settings.residues)
+        job_id = find_job(tx, sha256, recipe.sha256)
+        return None if job_id is None else get_job(tx, job_id)
+
+    return in_transaction(ledger, find)
+
+
+def summarise(ledger: Engine, sha256: str, run_state: str, started: float, console: Console) -> int:
+    """Print what became of the input; returns the exit code.
+
+    Raises:
+        JobError: the run ended without a job for it.
+    """
+    job = find_demo_job(ledger, sha256)
+    if job is None:
+        raise JobError(
+            f"the DAG run ended as {run_state!r} without a job",
+            where=f"input {sha256[:12]}…",
+            todo=f"Read the task logs below {STATE_FOLDER}/airflow/logs.",
+        )
+    console.print(f"job {job.id}: {job.state}; DAG run: {run_state}")
+    if job.state != "succeeded":
+        console.print(f"[bold red]{job.error or 'no error is recorded'}[/]")
+        return 1
+    folder = load_settings().output_root / result_folder(job.stem, job.input_sha256, job.recipe_sha256)
+    manifest = read_manifest(folder / f"{job.stem}.manifest.json")
+    faults = find_faults(manifest, folder)
+    facts = describe(job, manifest, folder, faults)
+    if job.finished_at.timestamp() < started:
+        facts.append(("work", "the job was done already: nothing was computed again"))
+    for name, value in facts:
+        console.print(f"{name:<12}{value}", soft_wrap=True, markup=False, highlight=False)
+    return 0 if run_state == "success" and not faults else 1
+
+
+def describe(job: Row[Any], manifest: Manifest, folder: Path, faults: list[str]) -> list[tuple[str, str]]:
+    """The summary of a job that succeeded, as lines of a name and a value."""
+    counts = manifest.counts
+    reasons = ", ".join(f"{number} {reason}" for reason, number in counts.failures.items()) or "none"
+    facts = [
+        ("records", f"{counts.records:,}"),
+        ("embeddings", f"{counts.embeddings:,}"),
+        ("failures", f"{job.failed:,} ({reasons})"),
+        ("truncated", f"{counts.truncated:,}"),
+        ("tokens/s", f"{counts.tokens / job.seconds:,.0f}" if job.seconds else "unknown"),
+    ]
+    for file in manifest.files:
+        facts += [("output", str(folder / file.name)), ("sha256", file.sha256)]
+    facts.append(("validation", "; ".join(faults) or "valid"))
+    if manifest.recipe.demonstration:
+        facts.append(("weights", "RANDOM (demonstration)"))
+    return facts

@@ -1,0 +1,179 @@
+"""Ports, secrets and child processes, as the embedded servers and the stack share them."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from virnucpro_core.errors import ServiceError
+
+LOOPBACK = "127.0.0.1"
+SECRET_BYTES = 48  # 64 characters, what the signatures of Airflow's tokens want
+STOP_SECONDS = 30.0  # after the stop signal, before SIGKILL
+POLL_SECONDS = 0.2
+
+
+def choose_port(preferred: int | None = None) -> int:
+    """A loopback TCP port nobody listens on: `preferred` where it is free, else any."""
+    for port in (preferred, 0):
+        if port is None:
+            continue
+        with socket.socket() as probe:
+            # Servers set it too: without it, connections in TIME_WAIT of a stack just stopped would count.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise ServiceError("No free TCP port on the loopback interface", todo="Stop what holds them.")
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read, whatever the umask and whatever lay there before."""
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600, exist_ok=False)
+    path.write_text(text)
+
+
+def make_private_folder(path: Path) -> Path:
+    """Make a folder that only its owner may enter."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.chmod(0o700)
+    return path
+
+
+class Secrets:
+    """Generated passwords and keys, one file of mode 0600 each; made when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = make_private_folder(folder)
+
+    def path(self, name: str) -> Path:
+        """The file of a secret, which exists when this returns."""
+        path = self.folder / name
+        if not path.exists():
+            write_private(path, secrets.token_urlsafe(SECRET_BYTES))
+        return path
+
+    def read(self, name: str) -> str:
+        """The secret itself."""
+        return self.path(name).read_text()
+
+    def write(self, name: str, text: str) -> Path:
+        """Keep a secret made elsewhere (a URL with a password in it)."""
+        write_private(self.folder / name, text)
+        return self.folder / name
+
+
+def tied_to_parent(argv: Sequence[str], stop_signal: signal.Signals = signal.SIGTERM) -> list[str]:
+    """A command line whose process gets `stop_signal` when its parent dies, even by SIGKILL."""
+    return ["setpriv", "--pdeathsig", stop_signal.name.removeprefix("SIG"), *argv]
+
+
+def read_tail(log: Path, lines: int = 20) -> str:
+    """The last lines of a log file, for an error message."""
+    if not log.exists():
+        return "(no log)"
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 16_384))
+        return b"\n".join(file.read().splitlines()[-lines:]).decode(errors="replace")
+
+
+def wait_until(
+    ready: Callable[[], bool], *, name: str, log: Path, seconds: float, alive: Callable[[], bool]
+) -> None:
+    """Ask a service until it answers.
+
+    Raises:
+        ServiceError: its process ended or the time is over; carries the end of its log.
+    """
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if not alive():
+            reason = f"{name} ended while starting"
+        elif time.monotonic() > deadline:
+            reason = f"{name} was not ready within {seconds:.0f} s"
+        else:
+            time.sleep(POLL_SECONDS)
+            continue
+        raise ServiceError(
+            f"{reason}; its log ends:\n{read_tail(log)}\n", where=str(log), todo="Read its log."
+        )
+
+
+class ServerProcess:
+    """A server run directly as a child of this process: no supervisor, for tests and short uses."""
+
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        log: Path,
+        stop_signal: signal.Signals = signal.SIGTERM,
+    ) -> None:
+        self.name = name
+        self.argv = argv
+        self.log = log
+        self.stop_signal = stop_signal
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, ready: Callable[[], bool], seconds: float = 30.0) -> None:
+        """Start it and return when it answers; a server that does not is stopped again.
+
+        Raises:
+            ServiceError: as `wait_until`.
+        """
+        with self.log.open("ab") as output:
+            process = subprocess.Popen(
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C in a terminal reaches the whole foreground group, but we stop our servers in order.
+                start_new_session=True,
+            )
+        self.process = process
+        try:
+            wait_until(
+                ready, name=self.name, log=self.log, seconds=seconds, alive=lambda: process.poll() is None
+            )
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stop it; returns when it is gone."""
+        if self.process is None:
+            return
+        self.process.send_signal(self.stop_signal)
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.process = None
+
+    def kill(self) -> None:
+        """Kill it without warning, as a fault."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

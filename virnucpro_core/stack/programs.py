@@ -1,0 +1,110 @@
+"""The stack's own programs as supervisord runs them, each with the settings it needs and no others."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pynvml
+
+from virnucpro_core.settings import PREFIX, Settings
+from virnucpro_core.stack.airflow import Airflow
+from virnucpro_core.stack.postgres import PostgresServer
+from virnucpro_core.stack.processes import LOOPBACK, Secrets, tied_to_parent, write_private
+from virnucpro_core.stack.supervisor import Program
+from virnucpro_core.stack.valkey import ValkeyServer
+
+PROJECT = Path(__file__).resolve().parents[2]
+SERVERS, SERVICES = "servers", "services"
+FOLDERS = ("inbox", "output_root", "model_root")
+FLOWER_USER = "admin"
+WORKER_STOP_SECONDS = 60  # a chunk that takes longer is handed back
+
+
+def server_programs(postgres: PostgresServer | None, valkey: ValkeyServer | None) -> list[Program]:
+    """The embedded servers; None where a server of the user's own takes its place."""
+    programs = []
+    for name, server in (("postgres", postgres), ("valkey", valkey)):
+        if server is not None:
+            programs.append(
+                Program(
+                    name=name,
+                    group=SERVERS,
+                    argv=server.command(),
+                    stop_signal=server.stop_signal,
+                    settle_seconds=1,
+                )
+            )
+    return programs
+
+
+def airflow_programs(airflow: Airflow, environment: dict[str, str]) -> list[Program]:
+    """Airflow's components, which reach the ledger as the role "dag"."""
+    return [
+        Program(
+            name=name,
+            group=SERVICES,
+            argv=argv,
+            environment=environment | airflow.environment,
+            # Its child would otherwise be told only after ten seconds.
+            signal_children=name == "triggerer",
+        )
+        for name, argv in airflow.commands().items()
+    ]
+
+
+def celery_programs(gpus: str, environment: dict[str, str]) -> list[Program]:
+    """The workers and the relay, which reach the ledger as the role "worker"."""
+    python = [sys.executable, "-m"]
+    return [
+        Program(
+            name="workers",
+            group=SERVICES,
+            argv=tied_to_parent([*python, "workers.launcher", "--gpus", gpus]),
+            environment=environment,
+            stop_seconds=WORKER_STOP_SECONDS,
+        ),
+        Program(
+            name="relay",
+            group=SERVICES,
+            argv=tied_to_parent([*python, "workers.relay"]),
+            environment=environment,
+        ),
+    ]
+
+
+def flower_program(folder: Path, port: int, secrets: Secrets, environment: dict[str, str]) -> Program:
+    """Flower behind a generated login; its configuration file holds the password."""
+    configuration = folder / "flower.conf"
+    login = f"{FLOWER_USER}:{secrets.read('flower-admin')}"
+    write_private(configuration, f"address = {LOOPBACK!r}\nport = {port}\nbasic_auth = [{login!r}]\n")
+    argv = [sys.executable, "-m", "celery", "-A", "workers.app", "flower", f"--conf={configuration}"]
+    return Program(name="flower", group=SERVICES, argv=tied_to_parent(argv), environment=environment)
+
+
+def common_environment(settings: Settings, gpus: str) -> dict[str, str]:
+    """The settings that hold no secret, for every program."""
+    plain = {name for name in settings.model_fields_set if not name.endswith("_url")}
+    values = {name: str(getattr(settings, name)) for name in plain}
+    # The programs run in another folder.
+    values |= {name: str(Path(getattr(settings, name)).absolute()) for name in FOLDERS}
+    if gpus == "none":
+        values.setdefault("dtype", "float32")  # all that a CPU computes
+    return {f"{PREFIX}{name.upper()}": value for name, value in values.items()}
+
+
+def url_environment(secrets: Secrets, **urls: str) -> dict[str, str]:
+    """Settings that hold a secret, each as the file that it is kept in."""
+    return {f"{PREFIX}{name.upper()}_FILE": str(secrets.write(name, url)) for name, url in urls.items()}
+
+
+def count_gpus() -> int:
+    """How many NVIDIA GPUs this machine has, asked without touching CUDA."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return 0
+    try:
+        return int(pynvml.nvmlDeviceGetCount())
+    finally:
+        pynvml.nvmlShutdown()
