@@ -1,0 +1,110 @@
+"""What a run tells about its files: a report for each, and the sum of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, TypedDict
+
+import structlog
+from sqlalchemy import Connection
+
+from dags.waiting import SubmittedFile
+from virnucpro_core.errors import JobError
+from virnucpro_core.ledger.queries import artifacts_of
+from virnucpro_core.ledger.transitions import MERGE
+from virnucpro_core.reports import report_job
+
+FAULTS_NAMED = 20  # in an error's text; the log has them all
+
+log = structlog.get_logger()
+
+
+class FileReport(TypedDict):
+    """What became of a file.
+
+    Attributes:
+        fault: why its result is not accepted; empty if it is.
+        job: what the ledger says of its job; empty if it was refused.
+    """
+
+    path: str
+    fault: str
+    job: dict[str, Any]
+
+
+def report_file(tx: Connection, file: SubmittedFile, allowed_share: float) -> FileReport:
+    """Report on a file whose stages are over."""
+    if file["job"] is None:
+        return {"path": file["path"], "fault": file["refused"], "job": {}}
+    job = report_job(tx, file["job"])
+    facts = {
+        "id": job.job,
+        "generation": job.generation,
+        "state": job.state,
+        "input_sha256": job.input_sha256,
+        "records": job.records,
+        "embeddings": job.embeddings,
+        "failed": job.failed,
+        "failures": job.failures,
+        "truncated": job.truncated,
+        "unknown": job.unknown,
+        "tokens_per_second": job.tokens_per_second,
+        "model": job.model,
+        "demonstration": job.demonstration,
+        "folder": next(wish.folder for wish in job.submissions if wish.path == file["path"]),
+        "results": [
+            {"kind": artifact.kind, "rows": artifact.rows, "sha256": artifact.sha256}
+            for artifact in artifacts_of(tx, job.job, stage=MERGE)
+        ],
+    }
+    fault = ""
+    if job.state != "succeeded":
+        fault = f"job {job.job} {job.state}" + (f": {job.error}" if job.error else "")
+    elif job.failed > allowed_share * job.records:
+        fault = f"{job.failed} of {job.records} records failed, more than the allowed {allowed_share:.2%}"
+    return {"path": file["path"], "fault": fault, "job": facts}
+
+
+def log_report(report: FileReport) -> None:
+    """Say in the task's log what became of a file."""
+    facts = {name: value for name, value in report["job"].items() if name != "id"}
+    if report["fault"]:
+        log.error("the result is not accepted", file=report["path"], fault=report["fault"], **facts)
+    else:
+        log.info("the result is accepted", file=report["path"], **facts)
+    if report["job"].get("demonstration"):
+        log.warning("the weights are RANDOM: these embeddings mean nothing", model=report["job"]["model"])
+
+
+def sum_up(asked: Sequence[str], reports: Iterable[FileReport]) -> None:
+    """Say what became of a whole run.
+
+    Args:
+        asked: the files that the run set out with.
+        reports: those of the files that got as far as a report.
+
+    Raises:
+        JobError: if a file has no accepted result; names the files.
+    """
+    told = {report["path"]: report for report in reports}
+    faults = {path: report["fault"] for path, report in told.items() if report["fault"]}
+    faults |= {path: "it got no report: see its failed task" for path in asked if path not in told}
+    accepted = [report["job"] for path, report in told.items() if path not in faults]
+    log.info(
+        "the run is over",
+        files=len(asked),
+        accepted=len(accepted),
+        records=sum(job["records"] for job in accepted),
+        embeddings=sum(job["embeddings"] for job in accepted),
+        failures=dict(sum((Counter(job["failures"]) for job in accepted), Counter[str]())),
+        truncated=sum(job["truncated"] for job in accepted),
+    )
+    for path, fault in faults.items():
+        log.error("a file has no accepted result", file=path, fault=fault)
+    if faults:
+        raise JobError(
+            f"{len(faults)} of {len(asked)} files have no accepted result",
+            where="; ".join(f"{path}: {fault}" for path, fault in list(faults.items())[:FAULTS_NAMED]),
+            todo="Mend what is named, then clear the failed tasks of these files, or run again.",
+        )

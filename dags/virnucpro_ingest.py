@@ -1,0 +1,230 @@
+"""The DAG `virnucpro_ingest`: FASTA files in, validated protein features out."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import structlog
+from airflow.sdk import (
+    Asset,
+    ExceptionRetryPolicy,
+    Param,
+    RetryAction,
+    RetryRule,
+    TriggerRule,
+    dag,
+    task,
+    task_group,
+)
+
+from dags.connections import open_dag_ledger
+from dags.inbox import find_inputs, make_batches, name_batch
+from dags.reporting import FileReport, log_report, report_file, sum_up
+from dags.waiting import SubmittedFile, WaitForStage
+from virnucpro_core.errors import InputError, JobError, ServiceError
+from virnucpro_core.ledger.database import in_transaction
+from virnucpro_core.ledger.submissions import find_nucleotides, submit_file
+from virnucpro_core.ledger.transitions import EXTRACT, MERGE, VALIDATE
+from virnucpro_core.settings import load_settings
+
+FEATURES = Asset("virnucpro_features")
+
+ABOUT = """
+### FASTA in, validated protein features out
+
+Every night, or when triggered by hand, each FASTA file is registered in the ledger. Workers then **extract**
+an embedding per protein, **merge** them in input order and **validate** the result. Only then is it
+published, with a manifest, in `results/<name>-<input>-<recipe>/` below the output folder.
+The tasks here only wait.
+
+* **Nothing is computed twice.** The same content under the same model and settings is the same job: a second
+  run finds it done.
+* **A bad record never stops a file.** It becomes a *failure* with number, id and reason
+  (`virnucpro failures JOB`). If more than the allowed share of records failed, the file is not accepted.
+  A bad *file* never stops another one.
+* **Clear** a stage to have the ledger compared with the files on disk: what is missing or failed is done
+  again, and nothing else.
+* **Compute again** (`force`) computes everything anew; the published files stay until the new ones replace
+  them.
+* A nucleotide file `<name>_DNABERT_S.pt` beside the FASTA is merged with the result: `<name>_merged.pt`,
+  2048 wide.
+* Above 250 files, several share a mapped task. `summary` names every file without an accepted result.
+"""
+
+PARAMS = {
+    "files": Param(
+        [],
+        type="array",
+        items={"type": "string", "minLength": 1},
+        title="FASTA files",
+        description_md="One path a line, as the workers see it; a relative one starts in the inbox. "
+        "Plain, gzip, bgzip or zstd. **Empty: every FASTA file in the inbox** and its folders.",
+    ),
+    "model": Param(
+        None,
+        type=["null", "string"],
+        title="Model",
+        description_md="A registered model (`virnucpro weights show` lists them). Empty: the configured one.",
+    ),
+    "force": Param(
+        default=False,
+        type="boolean",
+        title="Compute again",
+        description_md="Compute everything anew, even what is done. "
+        "Clearing `register` of such a run does so once more.",
+    ),
+    "max_failed_share": Param(
+        None,
+        type=["null", "number"],
+        minimum=0,
+        maximum=1,
+        title="Allowed share of failures",
+        description_md="Between 0 and 1: a file with a larger share of failed records is not accepted, "
+        "and the run fails. Its features are published all the same. Empty: the configured share.",
+    ),
+    "label": Param(
+        "none",
+        type="string",
+        enum=["none", "host", "viral"],
+        title="Label",
+        description_md="What the sequences are, for `labels` in the merged files.",
+    ),
+}
+
+RETRIES = {
+    "retries": 5,
+    "retry_delay": timedelta(seconds=30),
+    "retry_exponential_backoff": True,
+    # Waiting mends a service that is down; it mends no file, no setting and no job that failed.
+    "retry_policy": ExceptionRetryPolicy(
+        rules=[RetryRule(exception=ServiceError, action=RetryAction.RETRY)], default=RetryAction.FAIL
+    ),
+}
+
+log = structlog.get_logger()
+
+
+@task
+def find_files(params: dict[str, Any] | None = None) -> list[list[str]]:
+    """The run's files, a list for each mapped task."""
+    assert params is not None
+    inbox = load_settings().inbox.absolute()
+    files = find_inputs(inbox, params["files"])
+    if not files:
+        log.info("there is no FASTA file in the inbox: nothing to do", inbox=str(inbox))
+    batches = make_batches(files)
+    log.info("files are found", files=len(files), mapped_tasks=len(batches))
+    return batches
+
+
+@task(map_index_template="{{ name_batch(task.op_kwargs['batch']) }}")
+def register(
+    batch: list[str], params: dict[str, Any] | None = None, run_id: str | None = None
+) -> list[SubmittedFile]:
+    """Enter the files and their jobs into the ledger. One that cannot be used does not keep others out."""
+    assert params is not None
+    files: list[SubmittedFile] = []
+    errors: list[InputError] = []
+    with open_dag_ledger() as ledger:
+        for name in batch:
+            path = Path(name)
+            try:
+                job = submit_file(
+                    ledger,
+                    path,
+                    settings=load_settings(),
+                    model=params["model"],
+                    nucleotides=find_nucleotides(path),
+                    label="" if params["label"] == "none" else params["label"],
+                    max_failed_share=params["max_failed_share"],
+                    force=params["force"],
+                    requested_by=f"virnucpro_ingest {run_id}",
+                )
+            except InputError as error:
+                log.warning("the file is refused", file=name, error=str(error))
+                errors.append(error)
+                files.append({"path": name, "job": None, "refused": str(error)})
+            else:
+                log.info(
+                    "the file is registered",
+                    file=name,
+                    job=job.job_id,
+                    new=job.created,
+                    generation=job.generation,
+                    records=job.records,
+                    chunks=job.chunks,
+                )
+                files.append({"path": name, "job": job.job_id, "refused": ""})
+    if len(errors) == len(batch):
+        raise errors[0]
+    return files
+
+
+@task(outlets=[FEATURES], map_index_template="{{ name_files(task.op_kwargs['files']) }}")
+def report(
+    files: list[SubmittedFile],
+    params: dict[str, Any] | None = None,
+    outlet_events: Any = None,
+) -> list[FileReport]:
+    """Report on the files, and tell those who follow the asset which features are new."""
+    assert params is not None
+    share = params["max_failed_share"]
+    allowed_share = load_settings().max_failed_share if share is None else float(share)
+    with open_dag_ledger() as ledger:
+        reports = [in_transaction(ledger, report_file, file, allowed_share) for file in files]
+    for one in reports:
+        log_report(one)
+    accepted = [one for one in reports if not one["fault"]]
+    if not accepted:
+        raise JobError(
+            reports[0]["fault"], where=reports[0]["path"], todo="`virnucpro failures JOB` lists the records."
+        )
+    outlet_events[FEATURES].extra = {"files": accepted}
+    return reports
+
+
+@task(trigger_rule=TriggerRule.ALL_DONE)
+def summary(batches: list[list[str]], ti: Any = None) -> None:
+    """Say what became of the run; fails if a file has no accepted result."""
+    # By a list of tasks Airflow gives a list; of one mapped task alone it would give the bare value.
+    told: list[list[FileReport] | None] = ti.xcom_pull(task_ids=["report"])
+    sum_up([path for batch in batches for path in batch], (one for batch in told if batch for one in batch))
+
+
+@task_group(prefix_group_id=False)
+def files(batch: Any) -> None:
+    """The stages of one file, or of several where there are many."""
+    registered: Any = register(batch=batch)
+    waits = [
+        WaitForStage(
+            task_id=stage, stage=stage, files=registered, map_index_template="{{ name_files(task.files) }}"
+        )
+        for stage in (EXTRACT, MERGE, VALIDATE)
+    ]
+    registered >> waits[0] >> waits[1] >> waits[2] >> report(files=registered)
+
+
+def name_files(files: list[SubmittedFile]) -> str:
+    return name_batch([file["path"] for file in files])
+
+
+@dag(
+    dag_id="virnucpro_ingest",
+    description="Extracts, merges and validates FastESM2 features of the inbox's FASTA files.",
+    doc_md=ABOUT,
+    schedule="0 2 * * *",
+    catchup=False,
+    max_active_runs=4,
+    params=PARAMS,
+    default_args=RETRIES,
+    user_defined_macros={"name_batch": name_batch, "name_files": name_files},
+    tags=["virnucpro"],
+)
+def virnucpro_ingest() -> None:
+    batches: Any = find_files()
+    files.expand(batch=batches) >> summary(batches)
+
+
+DAG = virnucpro_ingest()

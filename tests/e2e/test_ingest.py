@@ -1,0 +1,359 @@
+"""The DAG through Airflow's REST API, on the whole stack."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import pytest
+from sqlalchemy import Engine, Row, text
+
+from tests.conftest import RunningStack
+from virnucpro_core.embedding.demonstration import write_demo_weights
+from virnucpro_core.features.exports import read_pt
+from virnucpro_core.features.manifests import find_faults, read_manifest
+from virnucpro_core.ledger import queries
+from virnucpro_core.ledger.database import in_transaction, open_ledger
+from virnucpro_core.ledger.work import result_folder
+from virnucpro_core.models import register_checkpoint
+from virnucpro_core.stack import demo
+from virnucpro_core.stack.airflow import ask
+from virnucpro_core.stack.programs import PROJECT
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+DAG = "/dags/virnucpro_ingest"
+SECONDS = 240.0  # that anything may take on two busy cores
+DONE = ("success", "failed")
+PAGE = 100
+
+Condition = Callable[[], Any]
+
+
+class House:
+    """A running stack, its ledger as the owner sees it, and its Airflow as a logged-in person does."""
+
+    def __init__(self, stack: RunningStack, ledger: Engine, airflow: httpx.Client) -> None:
+        self.supervisor = stack.stack.supervisor
+        self.ledger = ledger
+        self.airflow = airflow
+        self.inbox = stack.settings.inbox
+        self.output = stack.settings.output_root
+
+    def trigger(self, *files: Path, **form: Any) -> str:
+        conf = {"files": [str(file) for file in files], "model": demo.MODEL, **form}
+        return str(ask(self.airflow, "POST", f"{DAG}/dagRuns", logical_date=None, conf=conf)["dag_run_id"])
+
+    def wait_for_run(self, run: str) -> str:
+        def state() -> str | None:
+            state = str(ask(self.airflow, "GET", f"{DAG}/dagRuns/{run}")["state"])
+            return state if state in DONE else None
+
+        return str(wait_until(state))
+
+    def run(self, *files: Path, **form: Any) -> str:
+        """Trigger a run that must succeed; returns its id."""
+        run = self.trigger(*files, **form)
+        assert self.wait_for_run(run) == "success", self.states(run)
+        return run
+
+    def tasks(self, run: str) -> dict[tuple[str, int], dict[str, Any]]:
+        found = ask(self.airflow, "GET", f"{DAG}/dagRuns/{run}/taskInstances?limit={PAGE}")["task_instances"]
+        return {(task["task_id"], task["map_index"]): task for task in found}
+
+    def states(self, run: str) -> dict[tuple[str, int], str]:
+        return {name: task["state"] for name, task in self.tasks(run).items()}
+
+    def wait_for_task(self, run: str, task_id: str, state: str, attempt: int) -> dict[str, Any]:
+        def task() -> dict[str, Any] | None:
+            task = self.tasks(run).get((task_id, 0))
+            reached = task is not None and (task["state"], task["try_number"]) == (state, attempt)
+            return task if reached else None
+
+        found: dict[str, Any] = wait_until(task)
+        return found
+
+    def clear(self, run: str, task_id: str) -> None:
+        """What a person's click on Clear does, for this task alone."""
+        body = {"dry_run": False, "only_failed": False, "dag_run_id": run, "task_ids": [task_id]}
+        ask(self.airflow, "POST", f"{DAG}/clearTaskInstances", **body)
+
+    def features_told(self, run: str) -> list[dict[str, Any]]:
+        """The files in the run's asset events."""
+        path = f"/assets/events?source_run_id={quote(run)}&limit={PAGE}"
+        events = ask(self.airflow, "GET", path)["asset_events"]
+        return [file for event in events for file in event["extra"]["files"]]
+
+    def job_of(self, file: Path) -> Row[Any]:
+        """The newest job of a file."""
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        with self.ledger.connect() as tx:
+            ids = tx.execute(
+                text("SELECT max(id) FROM jobs WHERE input_sha256 = :sha256"), {"sha256": sha256}
+            )
+            return queries.get_job(tx, ids.scalar_one())
+
+    def chunks(self, job: int, stage: str | None = None) -> dict[tuple[str, int], tuple[Any, ...]]:
+        """All that a recomputation would change, of each chunk."""
+        with self.ledger.connect() as tx:
+            rows = tx.execute(
+                text("""
+                    SELECT stage, ordinal, id, state, attempts, claimed_at, finished_at FROM chunks
+                     WHERE job_id = :job AND stage = coalesce(:stage, stage)
+                """),
+                {"job": job, "stage": stage},
+            )
+            return {(row.stage, row.ordinal): tuple(row) for row in rows}
+
+    def waiters(self, job: int) -> list[str]:
+        with self.ledger.connect() as tx:
+            return list(
+                tx.execute(text("SELECT token FROM waiters WHERE job_id = :job"), {"job": job}).scalars()
+            )
+
+    def published(self, job: Row[Any]) -> Path:
+        return self.output / result_folder(job.stem, job.input_sha256, job.recipe_sha256)
+
+    def check_published(self, job: Row[Any]) -> dict[str, Any]:
+        """Check that a job's result is complete, as its manifest says; returns the .pt file's content."""
+        folder = self.published(job)
+        manifest = read_manifest(folder / f"{job.stem}.manifest.json")
+        assert find_faults(manifest, folder) == []
+        assert manifest.recipe.demonstration
+        assert manifest.counts.embeddings + sum(manifest.counts.failures.values()) == manifest.counts.records
+        proteins, data = read_pt(folder / f"{job.stem}_ESM.pt")
+        assert len(proteins) == len(data) == manifest.counts.embeddings
+        return {"proteins": proteins, "data": data}
+
+    @contextmanager
+    def relay_at_rest(self) -> Iterator[None]:
+        """Nothing is published meanwhile, so that a job stays where it is."""
+        relay = self.supervisor.pid("relay")
+        os.kill(relay, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(relay, signal.SIGCONT)
+
+
+def wait_until(condition: Condition) -> Any:
+    """Wait for what another process does; returns the first true value of the condition."""
+    deadline = time.monotonic() + SECONDS
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.3)
+    return value
+
+
+@pytest.fixture(scope="module")
+def house(stack: RunningStack) -> Iterator[House]:
+    checkpoint = write_demo_weights(stack.settings.model_root / demo.MODEL, layers=1)
+    ledger = open_ledger(stack.read_url("owner_database"))
+    try:
+        in_transaction(ledger, register_checkpoint, demo.MODEL, checkpoint, stack.settings.model_root)
+        with stack.log_in() as airflow:
+            demo.wait_for_dag(airflow)
+            yield House(stack, ledger, airflow)
+    finally:
+        ledger.dispose()
+
+
+@pytest.fixture
+def proteins(tmp_path: Path) -> Path:
+    """A FASTA file that no other test has, of several chunks."""
+    draw = random.Random(str(tmp_path))
+    records = [
+        f">p{k}\n{''.join(draw.choices('ACDEFGHIKLMNPQRSTVWY', k=draw.randint(20, 300)))}\n"
+        for k in range(60)
+    ]
+    path = tmp_path / "proteins.fasta"
+    path.write_text("".join(records))
+    return path
+
+
+def test_sample_becomes_published_features(house: House) -> None:
+    sample = PROJECT / "samples" / "proteins.fasta"
+    run = house.run(sample, max_failed_share=0.2)
+    job = house.job_of(sample)
+    assert job.state == "succeeded"
+    assert job.embeddings + job.failed == job.records
+    house.check_published(job)
+    [told] = house.features_told(run)
+    exported = house.published(job) / "proteins_ESM.pt"
+    assert {
+        "kind": "export",
+        "rows": job.embeddings,
+        "sha256": hashlib.sha256(exported.read_bytes()).hexdigest(),
+    } in told["job"]["results"]
+    assert house.waiters(job.id) == []
+    tasks = house.tasks(run)
+    assert {task["rendered_map_index"] for (name, index), task in tasks.items() if index == 0} == {"proteins"}
+
+    before = house.chunks(job.id)
+    house.run(sample, max_failed_share=0.2)
+    assert house.chunks(job.id) == before, "a second run recomputed something"
+
+
+def test_every_bad_record_becomes_a_failure_and_every_good_one_a_row(house: House, tmp_path: Path) -> None:
+    good = b"MKVLATGGSWYHRENDQPCFI"
+    fates: list[tuple[bytes, str]] = [
+        (b">good1 first\n" + good + b"\n", "good1"),
+        (b">\n" + good + b"\n", "no_id"),
+        (b">   \n" + good + b"\n", "no_id"),
+        (b">wrapped\r\nMKVLA\r\ntggsw\r\n", "wrapped"),
+        (b">empty\n", "empty"),
+        (b">star\n" + good + b"*\n", "star"),
+        (b">only_star\n*\n", "empty"),
+        (b">nul\nMKV\x00LAT\n", "invalid_residue"),
+        (b">digits\nMKV12LAT\n", "invalid_residue"),
+        (b">unknown\nMKJOBZ\n", "unknown"),
+        (b">caf\xe9 latin-1\n" + good + b"\n", "bad_header"),
+        (b">same\n" + good + b"\n", "same"),
+        (b">same\n" + good[::-1] + b"\n", "same"),
+        (b">giant\n" + good * 250_000 + b"\n", "giant"),
+        (b">last\n" + good, "last"),
+    ]
+    file = tmp_path / "bad_records.fasta"
+    file.write_bytes(b"".join(record for record, _ in fates))
+    house.run(file, max_failed_share=1)
+    job = house.job_of(file)
+    reasons = {"no_id", "empty", "invalid_residue", "bad_header"}
+    failures = [(k, fate) for k, (_, fate) in enumerate(fates, start=1) if fate in reasons]
+    with house.ledger.connect() as tx:
+        assert [(failure.record, failure.reason) for failure in queries.failures_of(tx, job.id)] == failures
+    assert (job.records, job.embeddings, job.failed) == (
+        len(fates),
+        len(fates) - len(failures),
+        len(failures),
+    )
+    assert job.truncated == 1
+    assert house.check_published(job)["proteins"] == [fate for _, fate in fates if fate not in reasons]
+    lines = (house.published(job) / "bad_records.failures.jsonl").read_text().splitlines()
+    assert [(line["record"], line["reason"]) for line in map(json.loads, lines)] == failures
+
+
+def test_clear_recomputes_nothing_but_what_was_deleted(house: House, proteins: Path) -> None:
+    run = house.run(proteins)
+    job = house.job_of(proteins)
+    before = house.chunks(job.id)
+    assert len(house.chunks(job.id, "extract")) > 2
+    features = (house.published(job) / "proteins_ESM.pt").read_bytes()
+
+    house.clear(run, "extract")
+    house.wait_for_task(run, "extract", "success", attempt=2)
+    assert house.wait_for_run(run) == "success"
+    assert house.chunks(job.id) == before, "clearing a finished file recomputed something"
+
+    lost = in_transaction(house.ledger, queries.artifacts_of, job.id, stage="extract")[1]
+    (house.output / lost.path).unlink()
+    house.clear(run, "extract")
+    house.wait_for_task(run, "extract", "success", attempt=3)
+    wait_until(lambda: house.job_of(proteins).state == "succeeded")
+    after = house.chunks(job.id)
+    extracted = {place for place in before if place[0] == "extract"}
+    assert {place for place in extracted if after[place] != before[place]} == {("extract", 1)}
+    assert house.job_of(proteins).generation == 1
+    published = house.published(job) / "proteins_ESM.pt"
+    assert published.read_bytes() == features
+
+    published.unlink()
+    house.clear(run, "validate")
+    house.wait_for_task(run, "validate", "success", attempt=2)
+    assert published.read_bytes() == features
+    assert {place: house.chunks(job.id)[place] for place in extracted} == {
+        place: after[place] for place in extracted
+    }, "publishing again recomputed a chunk"
+
+
+def test_force_computes_anew_behind_a_result_that_is_always_there(house: House, proteins: Path) -> None:
+    house.run(proteins)
+    job = house.job_of(proteins)
+    path = house.published(job) / "proteins_ESM.pt"
+    stop = threading.Event()
+    seen: Counter[tuple[int, str]] = Counter()
+    faults: list[OSError] = []
+
+    def watch() -> None:
+        while not stop.wait(0.002):
+            try:
+                with path.open("rb") as file:
+                    seen[os.fstat(file.fileno()).st_ino, hashlib.sha256(file.read()).hexdigest()] += 1
+            except OSError as error:
+                faults.append(error)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        house.run(proteins, force=True)
+    finally:
+        stop.set()
+        watcher.join()
+    assert faults == []
+    assert house.job_of(proteins).generation == 2
+    files, contents = ({pair[k] for pair in seen} for k in (0, 1))
+    assert len(files) == 2, "the file was replaced once"
+    assert len(contents) == 1, "both generations are of one execution class, so all that was read is complete"
+    house.check_published(house.job_of(proteins))
+
+
+def test_clear_and_mark_failed_while_waiting_touch_their_own_wait_alone(house: House, proteins: Path) -> None:
+    with house.relay_at_rest():
+        run = house.trigger(proteins)
+        house.wait_for_task(run, "extract", "deferred", attempt=1)
+        job = house.job_of(proteins)
+        [first] = house.waiters(job.id)
+
+        house.clear(run, "extract")
+        house.wait_for_task(run, "extract", "deferred", attempt=2)
+        # the old trigger's on_kill comes after the new attempt entered its row, and leaves that alone
+        wait_until(lambda: first not in house.waiters(job.id))
+        [second] = house.waiters(job.id)
+
+        other = house.trigger(proteins)
+        house.wait_for_task(other, "extract", "deferred", attempt=1)
+        patch = f"{DAG}/dagRuns/{run}/taskInstances/extract/0"
+        ask(house.airflow, "PATCH", patch, new_state="failed")
+        wait_until(lambda: second not in house.waiters(job.id))
+        assert len(house.waiters(job.id)) == 1
+        assert house.job_of(proteins).state == "running"
+    assert house.wait_for_run(run) == "failed"
+    assert house.wait_for_run(other) == "success"
+    house.check_published(house.job_of(proteins))
+
+
+def test_inbox_with_a_bad_file_gives_the_good_ones_and_names_the_bad_one(
+    house: House, proteins: Path
+) -> None:
+    empty_run = house.trigger()
+    assert house.wait_for_run(empty_run) == "success"
+
+    one, two, bad = (house.inbox / name for name in ("a/reads.fasta", "b/reads.fasta", "c/nothing.fasta"))
+    records = proteins.read_text().split(">")[1:]
+    for path, content in ((one, records[:3]), (two, records[3:6]), (bad, [])):
+        path.parent.mkdir()
+        path.write_text("".join(f">{record}" for record in content))
+    run = house.trigger()
+    assert house.wait_for_run(run) == "failed"
+    folders = {house.published(house.job_of(path)) for path in (one, two)}
+    assert len(folders) == 2, "equal stems collided"
+    for path in (one, two):
+        house.check_published(house.job_of(path))
+    assert {file["path"] for file in house.features_told(run)} == {str(one), str(two)}
+    states = house.states(run)
+    assert [states["register", k] for k in range(3)] == ["success", "success", "failed"]
+    assert states["summary", -1] == "failed"
+    assert house.tasks(run)["register", 2]["try_number"] == 1, "an input error was tried again"
+    log = ask(house.airflow, "GET", f"{DAG}/dagRuns/{run}/taskInstances/summary/logs/1")
+    assert str(bad) in json.dumps(log)

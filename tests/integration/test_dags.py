@@ -1,0 +1,264 @@
+"""The DAG: cheap to parse, a form that refuses nonsense, tasks on a real ledger."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from airflow.sdk import RetryAction
+from airflow.sdk.exceptions import ParamValidationError
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Engine
+
+from dags import virnucpro_ingest as ingest
+from dags.inbox import BATCHES, find_inputs, make_batches, name_batch
+from dags.reporting import FileReport, sum_up
+from tests import ledger_jobs as jobs
+from virnucpro_core.errors import InputError, JobError, ServiceError, SettingsError
+from virnucpro_core.ledger import queries
+from virnucpro_core.ledger.database import in_transaction, open_ledger
+from virnucpro_core.stack.programs import PROJECT
+
+pytestmark = pytest.mark.integration
+
+MAX_MAP_LENGTH = 1024  # Airflow's default of [core] max_map_length
+FORM: dict[str, Any] = {
+    "files": [],
+    "model": "tiny",
+    "force": False,
+    "max_failed_share": None,
+    "label": "none",
+}
+
+PARSE = """
+import json, sys
+from airflow.dag_processing.dagbag import DagBag
+bag = DagBag(sys.argv[1])
+heavy = ("torch", "transformers", "celery", "kombu", "workers")
+print(json.dumps({
+    "errors": bag.import_errors,
+    "files": sorted(stat.file for stat in bag.dagbag_stats),
+    "dags": {name: sorted(task.task_id for task in dag.tasks) for name, dag in bag.dags.items()},
+    "heavy": [name for name in heavy if name in sys.modules],
+}))
+"""
+
+
+@pytest.fixture
+def ledger(ledger_url: str, settings_environment: Callable[..., None]) -> Iterator[Engine]:
+    """The ledger as its owner sees it, with the model "tiny"; the settings point at it."""
+    settings_environment(dtype="float32")
+    engine = open_ledger(ledger_url)
+    with engine.begin() as tx:
+        jobs.add_model(tx)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def inbox(settings_environment: Callable[..., None], tmp_path: Path) -> Path:
+    return tmp_path / "inbox"
+
+
+def write_fasta(path: Path, *sequences: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f">protein{k}\n{sequence}\n" for k, sequence in enumerate(sequences)))
+    return path
+
+
+def register(*files: Path, **form: Any) -> Any:
+    return ingest.register.function([str(file) for file in files], params=FORM | form, run_id="test")
+
+
+def report(files: Any, **form: Any) -> tuple[Any, Any]:
+    """Run `report`; returns its reports and what it tells with the asset."""
+
+    class Event:
+        extra: Any = None
+
+    events = {ingest.FEATURES: Event()}
+    reports = ingest.report.function(files, params=FORM | form, outlet_events=events)
+    return reports, events[ingest.FEATURES].extra
+
+
+def finish(ledger: Engine, job: int, failures: int = 0) -> None:
+    """Play the workers until the job is done."""
+    with ledger.begin() as tx:
+        jobs.run_job(tx, job, jobs.start_worker(tx), failures)
+
+
+def test_parsing_is_cheap_and_finds_the_dag_alone(tmp_path: Path) -> None:
+    environment = {"AIRFLOW_HOME": str(tmp_path), "PYTHONPATH": str(PROJECT), "PATH": ""}
+    parsed = subprocess.run(
+        [sys.executable, "-c", PARSE, str(PROJECT / "dags")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(parsed.stdout.splitlines()[-1])
+    assert found["errors"] == {}
+    assert [Path(file).name for file in found["files"]] == ["virnucpro_ingest.py"]
+    stages = {"register", "extract", "merge", "validate"}
+    assert set(found["dags"]["virnucpro_ingest"]) == {"find_files", *stages, "report", "summary"}
+    assert found["heavy"] == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"files": "reads.fasta"},
+        {"files": [""]},
+        {"model": 3},
+        {"force": "yes"},
+        {"max_failed_share": 1.1},
+        {"label": "bacterial"},
+    ],
+)
+def test_form_refuses(wrong: dict[str, Any]) -> None:
+    params = copy.deepcopy(ingest.DAG.params)
+    params.update(FORM)
+    params.validate()
+    with pytest.raises(ParamValidationError):
+        params.update(wrong)
+
+
+def test_form_needs_nothing_filled_in() -> None:
+    assert ingest.DAG.params.validate() == FORM | {"model": None}
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 12_000))
+@example(10_000)
+def test_batches_hold_every_file_once_in_few_enough_mapped_tasks(count: int) -> None:
+    files = [Path(f"/in/{k}.fa") for k in range(count)]
+    batches = make_batches(files)
+    assert [name for batch in batches for name in batch] == [str(file) for file in files]
+    assert len(batches) <= BATCHES < MAX_MAP_LENGTH
+    assert count > BATCHES or all(len(batch) == 1 for batch in batches)
+
+
+def test_batches_are_named_after_their_files() -> None:
+    assert name_batch(["/in/reads.faa.gz"]) == "reads"
+    assert name_batch(["/in/reads.faa.gz", "/in/b.fa", "/in/c.fa"]) == "reads and 2 more"
+
+
+def test_inbox_is_searched_for_fasta_files(inbox: Path) -> None:
+    wanted = ["a.fasta", "b.FAA.gz", "deep/er/c.fa.zst", "deep/a.fasta"]
+    for name in [*wanted, "a_DNABERT_S.pt", "notes.txt", ".upload.fasta", ".hidden/d.fa", "reads.gz"]:
+        write_fasta(inbox / name, "MKV")
+    (inbox / "folder.fa").mkdir()
+    assert find_inputs(inbox, []) == sorted(inbox / name for name in wanted)
+
+
+def test_named_files_are_taken_once_and_from_the_inbox(inbox: Path) -> None:
+    assert find_inputs(inbox, ["b.fa", "/else/a.fa", "b.fa"]) == [inbox / "b.fa", Path("/else/a.fa")]
+
+
+def test_an_inbox_that_is_missing_is_an_error_and_an_empty_one_is_not(inbox: Path) -> None:
+    assert ingest.find_files.function(params=FORM) == []
+    with pytest.raises(SettingsError, match="VIRNUCPRO_INBOX"):
+        find_inputs(inbox / "nowhere", [])
+
+
+def test_registering_twice_finds_the_job_and_force_begins_a_generation(ledger: Engine, inbox: Path) -> None:
+    file = write_fasta(inbox / "a.fasta", "MKVLAT", "MKW")
+    first, second = register(file), register(file)
+    assert first == second == [{"path": str(file), "job": first[0]["job"], "refused": ""}]
+    assert in_transaction(ledger, queries.get_job, first[0]["job"]).generation == 1
+    assert register(file, force=True) == first
+    assert in_transaction(ledger, queries.get_job, first[0]["job"]).generation == 2
+
+
+def test_submission_says_who_asked_and_for_what(ledger: Engine, inbox: Path) -> None:
+    file = write_fasta(inbox / "reads.fasta", "MKVLAT")
+    (inbox / "reads_DNABERT_S.pt").write_bytes(b"nucleotides")
+    [registered] = register(file, label="viral", max_failed_share=0.5)
+    [submission] = in_transaction(ledger, queries.submissions_of, registered["job"])
+    assert submission.nucleotide_path == str(inbox / "reads_DNABERT_S.pt")
+    assert (submission.label, submission.max_failed_share) == ("viral", 0.5)
+    assert submission.requested_by == "virnucpro_ingest test"
+
+
+def test_equal_stems_are_different_jobs(ledger: Engine, inbox: Path) -> None:
+    files = register(write_fasta(inbox / "one/a.fasta", "MKV"), write_fasta(inbox / "two/a.fasta", "MKW"))
+    assert files[0]["job"] != files[1]["job"]
+
+
+def test_a_bad_file_does_not_keep_the_others_of_its_batch_out(ledger: Engine, inbox: Path) -> None:
+    bad = write_fasta(inbox / "bad.fasta")
+    good = write_fasta(inbox / "good.fasta", "MKVLAT")
+    refused, registered = register(bad, good)
+    assert refused["job"] is None
+    assert str(bad) in refused["refused"]
+    assert registered["job"] is not None
+
+
+def test_a_bad_file_alone_fails_its_task_with_file_and_line(ledger: Engine, inbox: Path) -> None:
+    bad = inbox / "bad.fasta"
+    bad.write_text("\nMKV\n>a\nMKV\n")
+    with pytest.raises(InputError, match=f"{bad}, line 2"):
+        register(bad)
+
+
+def test_only_services_are_worth_another_attempt() -> None:
+    policy = ingest.RETRIES["retry_policy"]
+    assert policy.evaluate(ServiceError("down"), 1, 5).action is RetryAction.RETRY
+    for error in (InputError("bad"), JobError("failed"), SettingsError("wrong"), ValueError("bug")):
+        assert policy.evaluate(error, 1, 5).action is RetryAction.FAIL
+
+
+def test_asset_event_carries_rows_and_checksum(ledger: Engine, inbox: Path) -> None:
+    files = register(write_fasta(inbox / "a.fasta", "MKVLAT", "MKW"))
+    finish(ledger, files[0]["job"])
+    reports, extra = report(files)
+    assert extra == {"files": reports}
+    assert json.loads(json.dumps(extra)) == extra
+    job = reports[0]["job"]
+    assert (job["records"], job["embeddings"], job["failures"]) == (2, 2, {})
+    assert job["results"] == [{"kind": "matrix", "rows": 1, "sha256": "b" * 64}]
+    assert job["folder"].startswith("results/a-")
+
+
+def test_too_many_failures_fail_the_report_and_the_form_decides_how_many(ledger: Engine, inbox: Path) -> None:
+    files = register(write_fasta(inbox / "a.fasta", "MKVLAT", "MKW"))
+    finish(ledger, files[0]["job"], failures=1)
+    with pytest.raises(JobError, match="1 of 2 records failed"):
+        report(files)
+    reports, _ = report(files, max_failed_share=0.5)
+    assert reports[0]["job"]["failures"] == {"empty": 1}
+
+
+def test_asset_event_leaves_out_what_is_not_accepted(ledger: Engine, inbox: Path) -> None:
+    files = register(
+        write_fasta(inbox / "bad.fasta"),
+        write_fasta(inbox / "good.fasta", "MKV"),
+        write_fasta(inbox / "late.fasta", "MKW"),
+    )
+    finish(ledger, files[1]["job"])
+    reports, extra = report(files)
+    assert [Path(one["path"]).name for one in extra["files"]] == ["good.fasta"]
+    assert [bool(one["fault"]) for one in reports] == [True, False, True]
+
+
+def make_report(path: str, fault: str = "") -> FileReport:
+    return {
+        "path": path,
+        "fault": fault,
+        "job": {"records": 3, "embeddings": 2, "failures": {"empty": 1}, "truncated": 0},
+    }
+
+
+def test_summary_names_every_file_without_a_result() -> None:
+    sum_up(["/a", "/b"], [make_report("/a"), make_report("/b")])
+    with pytest.raises(JobError, match="2 of 3 files") as caught:
+        sum_up(["/a", "/b", "/c"], [make_report("/a"), make_report("/b", "job 2 failed")])
+    assert "/b: job 2 failed" in str(caught.value)
+    assert "/c: it got no report" in str(caught.value)

@@ -1,0 +1,277 @@
+"""The relay and the reaper, on a real ledger and a real broker."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+from celery import Celery
+from kombu.exceptions import OperationalError as BrokerError
+from sqlalchemy import Engine, make_url, text
+
+from tests import ledger_jobs
+from virnucpro_core.ledger.database import in_transaction, open_ledger
+from virnucpro_core.settings import load_settings
+from virnucpro_core.stack.processes import Secrets, choose_port
+from virnucpro_core.stack.valkey import ValkeyServer
+from workers.app import KEY_PREFIX, make_app
+from workers.reaper import reap
+from workers.relay import Relay
+
+if TYPE_CHECKING:
+    from tests.fixtures_pipeline import Pipeline
+
+pytestmark = pytest.mark.integration
+pytest_plugins = ["tests.fixtures_pipeline"]
+
+CHUNKS = 10
+
+
+@pytest.fixture
+def ledger(ledger_url: str, settings_environment: Callable[..., None]) -> Iterator[Engine]:
+    """A ledger with one job of ten chunks."""
+    settings_environment(window_per_worker=2, republish_seconds=5)
+    engine = open_ledger(ledger_url)
+    in_transaction(engine, ledger_jobs.add_model)
+    in_transaction(engine, ledger_jobs.register, ledger_jobs.scan(CHUNKS))
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def celery() -> Iterator[Celery]:
+    """An application with this test's settings."""
+    app = make_app(load_settings)
+    yield app
+    app.close()
+
+
+@pytest.fixture
+def relay(ledger: Engine, celery: Celery) -> Iterator[Relay]:
+    """A relay whose turns the test takes."""
+    relay = Relay(load_settings(), celery, Event())
+    yield relay
+    relay.ledger.dispose()
+
+
+@pytest.fixture
+def broker(broker_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(broker_url) as client:
+        yield client
+
+
+def queued(broker: redis.Redis, queue: str = "extract") -> int:
+    length = broker.llen(f"{KEY_PREFIX}{queue}")
+    assert isinstance(length, int)
+    return length
+
+
+def age_messages(ledger: Engine, seconds: float) -> None:
+    """Make all published messages older than they are."""
+    change = text("UPDATE outbox SET published_at = published_at - make_interval(secs => :seconds)")
+    in_transaction(ledger, lambda tx: tx.execute(change, {"seconds": seconds}))
+
+
+def test_only_a_window_is_published(relay: Relay, ledger: Engine, broker: redis.Redis) -> None:
+    relay.turn()
+    relay.turn()
+    assert queued(broker) == 2
+    for node in ("cpu0@a", "cpu1@a", "cpu2@a"):
+        in_transaction(ledger, ledger_jobs.start_worker, node)
+    relay.turn()
+    assert queued(broker) == 6
+
+
+def test_claimed_chunk_makes_room_for_another(relay: Relay, ledger: Engine, broker: redis.Redis) -> None:
+    relay.turn()
+    worker = in_transaction(ledger, ledger_jobs.start_worker)
+    (first, *_) = in_transaction(ledger, ledger_jobs.pending_chunks, 1)
+    in_transaction(ledger, ledger_jobs.claim, first, worker)
+    relay.turn()
+    assert queued(broker) == 3
+
+
+def test_message_names_chunk_task_and_title(relay: Relay, broker: redis.Redis) -> None:
+    relay.turn()
+    (raw,) = broker.lrange(f"{KEY_PREFIX}extract", -1, -1)
+    message = json.loads(raw)
+    assert message["content-type"] == "application/json"
+    assert message["headers"]["task"] == "virnucpro.extract"
+    assert message["headers"]["argsrepr"] == "job 1 a: extract chunk 1 of 10"
+    arguments, _, _ = json.loads(base64.b64decode(message["body"]))
+    assert arguments == [1]
+
+
+def test_flushed_broker_is_filled_again(relay: Relay, ledger: Engine, broker: redis.Redis) -> None:
+    relay.turn()
+    broker.flushdb()
+    relay.turn()
+    assert queued(broker) == 0
+    age_messages(ledger, 6)
+    relay.turn()
+    assert queued(broker) == 2
+
+
+def test_waiting_message_is_not_sent_again(relay: Relay, ledger: Engine, broker: redis.Redis) -> None:
+    relay.turn()
+    age_messages(ledger, 600)
+    relay.turn()
+    assert queued(broker) == 2
+
+
+def test_delayed_message_waits_for_its_time(relay: Relay, ledger: Engine, broker: redis.Redis) -> None:
+    later = text("UPDATE outbox SET due_at = now() + interval '0.5 seconds'")
+    in_transaction(ledger, lambda tx: tx.execute(later))
+    wait = relay.turn()
+    assert queued(broker) == 0
+    assert 0 < wait <= 0.5
+    Event().wait(wait)
+    relay.turn()
+    assert queued(broker) == 2
+
+
+def expire(ledger: Engine, worker: int, column: str) -> None:
+    change = text(f"UPDATE workers SET {column} = now() - interval '1 hour' WHERE id = :worker")
+    in_transaction(ledger, lambda tx: tx.execute(change, {"worker": worker}))
+
+
+@pytest.mark.parametrize(
+    ("aged", "reason"), [("lease_expires_at", "fell silent"), ("progress_at", "made no progress for 60 s")]
+)
+def test_chunk_of_a_silent_or_stuck_worker_is_freed(
+    ledger: Engine, settings_environment: Callable[..., None], aged: str, reason: str
+) -> None:
+    settings_environment(stuck_seconds=60)
+    healthy = in_transaction(ledger, ledger_jobs.start_worker, "cpu0@a")
+    lost = in_transaction(ledger, ledger_jobs.start_worker, "cpu1@a")
+    first, second, *_ = in_transaction(ledger, ledger_jobs.pending_chunks, 1)
+    in_transaction(ledger, ledger_jobs.claim, first, healthy)
+    in_transaction(ledger, ledger_jobs.claim, second, lost)
+    early = text("UPDATE chunks SET claimed_at = now() - interval '1 hour' WHERE id = :chunk")
+    in_transaction(ledger, lambda tx: tx.execute(early, {"chunk": second}))
+    expire(ledger, lost, aged)
+    (recovered,) = reap(ledger, load_settings())
+    assert (recovered.chunk_id, recovered.state) == (second, "pending")
+    error = text("SELECT error FROM chunks WHERE id = :chunk")
+    said = in_transaction(ledger, lambda tx: tx.execute(error, {"chunk": second}).scalar_one())
+    assert reason in said
+    assert reap(ledger, load_settings()) == []
+
+
+def test_chunk_that_its_workers_do_not_survive_fails_with_its_job(
+    ledger: Engine, settings_environment: Callable[..., None]
+) -> None:
+    settings_environment(max_attempts=2)
+    (first, *_) = in_transaction(ledger, ledger_jobs.pending_chunks, 1)
+    for _ in range(2):
+        worker = in_transaction(ledger, ledger_jobs.start_worker)
+        in_transaction(ledger, ledger_jobs.claim, first, worker)
+        expire(ledger, worker, "lease_expires_at")
+        (recovered,) = reap(ledger, load_settings())
+    assert recovered.state == "failed"
+    state = in_transaction(ledger, lambda tx: tx.execute(text("SELECT state, error FROM jobs")).one())
+    assert state.state == "failed"
+    assert "no attempt is left" in state.error
+
+
+def test_lock_held_by_a_stopped_process_does_not_hold_up_the_reaper(ledger: Engine) -> None:
+    worker = in_transaction(ledger, ledger_jobs.start_worker)
+    (first, *_) = in_transaction(ledger, ledger_jobs.pending_chunks, 1)
+    in_transaction(ledger, ledger_jobs.claim, first, worker)
+    expire(ledger, worker, "lease_expires_at")
+    with ledger.begin() as stopped:
+        stopped.execute(text("SELECT 1 FROM jobs FOR UPDATE"))
+        assert reap(ledger, load_settings()) == []
+    assert len(reap(ledger, load_settings())) == 1
+
+
+def test_broker_that_is_away_loses_no_message(
+    ledger: Engine, settings_environment: Callable[..., None], tmp_path: Path
+) -> None:
+    server = ValkeyServer(tmp_path / "valkey", choose_port(), Secrets(tmp_path / "secrets"))
+    server.prepare()
+    settings_environment(broker_url=server.url())
+    celery = make_app(load_settings)
+    relay = Relay(load_settings(), celery, Event())
+    try:
+        with pytest.raises(BrokerError):
+            relay.turn()
+        unpublished = text("SELECT count(*) FROM outbox WHERE published_at IS NULL")
+        assert in_transaction(ledger, lambda tx: tx.execute(unpublished).scalar_one()) == CHUNKS
+        with server.process(tmp_path / "valkey.log") as process:
+            process.start(server.is_ready)
+            relay.turn()
+            with redis.Redis.from_url(server.url()) as client:
+                assert queued(client) == 2
+            celery.close()
+    finally:
+        relay.ledger.dispose()
+
+
+def test_second_relay_waits_until_the_first_is_gone(
+    pipeline: Pipeline, small_fasta: Path, broker_url: str
+) -> None:
+    first = pipeline.start_relay()
+    second = pipeline.start_relay("relay_waits")
+    first.kill()
+    pipeline.wait_until(lambda: "relay_serves" in second.log.read_text())
+    pipeline.submit(small_fasta)
+    with redis.Redis.from_url(broker_url) as broker:
+        pipeline.wait_until(lambda: queued(broker) == 2)
+
+
+def test_relay_goes_on_after_its_connections_were_cut(
+    pipeline: Pipeline, small_fasta: Path, broker_url: str, ledger_urls: dict[str, str]
+) -> None:
+    relay = pipeline.start_relay()
+    cut = text("""
+        SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+         WHERE datname = current_database() AND usename = current_user AND pid <> pg_backend_pid()
+    """)
+    same_role = open_ledger(ledger_urls["worker"])
+    assert in_transaction(same_role, lambda tx: tx.execute(cut).scalar_one()) >= 1
+    same_role.dispose()
+    pipeline.wait_until(lambda: relay.log.read_text().count("relay_serves") == 2)
+    pipeline.submit(small_fasta)
+    with redis.Redis.from_url(broker_url) as broker:
+        broker.execute_command("CLIENT", "KILL", "SKIPME", "yes", "TYPE", "normal")
+        pipeline.wait_until(lambda: queued(broker) == 2)
+
+
+@pytest.mark.parametrize("module", ["workers.relay", "workers.launcher"])
+@pytest.mark.parametrize("fault", ["password", "down", "database", "migrations"])
+def test_start_without_its_services_is_refused_in_words(
+    module: str,
+    fault: str,
+    settings_environment: Callable[..., None],
+    database_url: str,
+    ledger_urls: dict[str, str],
+    broker_url: str,
+) -> None:
+    password = broker_url.partition("redis://:")[2].partition("@")[0]
+    stranger = make_url(ledger_urls["worker"]).set(password="wrong").render_as_string(hide_password=False)
+    nowhere = f"redis://:{password}@127.0.0.1:{choose_port()}/1"
+    variables, said = {
+        "password": (
+            {"broker_url": broker_url.replace(password, "wrong")},
+            "the broker refused the password",
+        ),
+        "down": ({"broker_url": nowhere}, "the broker cannot be reached"),
+        "database": ({"worker_database_url": stranger}, "PostgreSQL refused the password"),
+        "migrations": ({"worker_database_url": database_url}, "Run `virnucpro db upgrade`"),
+    }[fault]
+    settings_environment(**variables)
+    command = [sys.executable, "-m", module, *(["--gpus", "none"] if "launcher" in module else [])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert password not in done.stdout + done.stderr

@@ -1,0 +1,264 @@
+"""Workers as Celery processes, from a registered file to a published result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+import torch
+
+from virnucpro_core.features.exports import read_pt
+from virnucpro_core.features.manifests import find_faults, read_manifest
+from virnucpro_core.ledger.work import result_folder
+from virnucpro_core.settings import load_settings
+from workers.app import make_app
+
+if TYPE_CHECKING:
+    from tests.fixtures_pipeline import Pipeline
+
+pytestmark = pytest.mark.integration
+pytest_plugins = ["tests.fixtures_pipeline"]
+
+RECORDS, FAILURES = 12, 2
+IDS = [
+    "protein_0",
+    "protein_1",
+    "protein_2",
+    "protein_3",
+    "protein_3",
+    *(f"protein_{k}" for k in range(5, 10)),
+]
+
+
+def published(pipeline: Pipeline, job_id: int) -> Path:
+    """The folder that a job's result was published in."""
+    job = pipeline.job(job_id)
+    return pipeline.settings.output_root / result_folder(job.stem, job.input_sha256, job.recipe_sha256)
+
+
+def test_registered_file_is_extracted_merged_validated_and_published(
+    pipeline: Pipeline, small_fasta: Path
+) -> None:
+    pipeline.start_relay()
+    pipeline.start_workers()
+    submitted = pipeline.submit(small_fasta)
+    assert submitted.chunks > 3
+    job = pipeline.wait_for(submitted.job_id)
+    assert (job.state, job.error) == ("succeeded", None)
+    assert (job.records, job.embeddings, job.failed) == (RECORDS, RECORDS - FAILURES, FAILURES)
+
+    folder = published(pipeline, job.id)
+    ids, rows = read_pt(folder / "small_ESM.pt")
+    assert ids == IDS
+    assert all(row.shape == (1280,) and row.isfinite().all() and row.any() for row in rows)
+    assert not torch.equal(rows[3], rows[4])
+    manifest = read_manifest(folder / "small.manifest.json")
+    assert find_faults(manifest, folder) == []
+    assert manifest.input_sha256 == hashlib.sha256(small_fasta.read_bytes()).hexdigest()
+    assert manifest.recipe.demonstration
+    assert manifest.execution["dtype"] == "float32"
+    listed = [json.loads(line) for line in (folder / "small.failures.jsonl").read_text().splitlines()]
+    assert [(line["record"], line["id"], line["reason"]) for line in listed] == [
+        (6, "empty", "empty"),
+        (12, "digits", "invalid_residue"),
+    ]
+    assert pipeline.rows("SELECT * FROM outbox") == []
+    assert pipeline.rows("SELECT * FROM chunks WHERE state <> 'done'") == []
+    assert list(pipeline.settings.output_root.rglob("*.tmp")) == []
+    assert pipeline.rows("SELECT published_generation FROM submissions")[0].published_generation == 1
+
+
+@pytest.fixture
+def long_fasta(tmp_path: Path) -> Path:
+    """Twelve proteins of 900 residues: with the tests' chunk size a chunk each, of about a second."""
+    path = tmp_path / "inbox" / "long.fasta"
+    path.write_text("".join(f">p{k}\n{'MKVLAGICDEFHNPQRSTWY' * 45}\n" for k in range(12)))
+    return path
+
+
+@pytest.fixture
+def nucleotides(tmp_path: Path) -> Path:
+    """A DNABERT-S file with one entry for each record of `small_fasta`, failures included."""
+    ids = [*IDS[:5], "empty", *IDS[5:], "digits"]
+    entries = [{"label": name, "mean_representation": [float(k)] * 768} for k, name in enumerate(ids)]
+    path = tmp_path / "inbox" / "small_DNABERT_S.pt"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        torch.save({"nucleotide": ids, "data": entries}, file)
+    return path
+
+
+def test_forced_generation_replaces_the_result_and_merges_nucleotides(
+    pipeline: Pipeline, small_fasta: Path, nucleotides: Path
+) -> None:
+    pipeline.start_relay()
+    pipeline.start_workers()
+    job = pipeline.wait_for(pipeline.submit(small_fasta).job_id)
+    folder = published(pipeline, job.id)
+    export = folder / "small_ESM.pt"
+    first = export.read_bytes()
+    assert not (folder / "small_merged.pt").exists()
+
+    pipeline.submit(small_fasta, nucleotides=nucleotides, label="viral", force=True)
+    with export.open("rb") as reader:
+        job = pipeline.wait_for(job.id)
+        assert reader.read() == first
+    assert (job.state, job.generation) == ("succeeded", 2)
+    assert export.read_bytes() == first
+    merged = torch.load(folder / "small_merged.pt", weights_only=True)
+    assert merged["ids"] == IDS
+    assert merged["labels"] == [1]
+    assert merged["data"].shape == (len(IDS), 2048)
+    assert merged["data"][:, 0].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
+    generations = pipeline.settings.output_root / "jobs" / f"{job.id:08d}"
+    pipeline.wait_until(lambda: [path.name for path in generations.iterdir()] == ["g2"])
+
+
+def test_messages_are_hints(pipeline: Pipeline, small_fasta: Path) -> None:
+    """Every message three times, and some that nobody meant."""
+    submitted = pipeline.submit(small_fasta)
+    chunks = [row.id for row in pipeline.rows("SELECT id FROM chunks ORDER BY id")]
+    app = make_app(load_settings)
+    app.send_task("virnucpro.merge", args=[chunks[0]], queue="extract")
+    app.send_task("virnucpro.nonsense", args=[chunks[0]], queue="extract")
+    for chunk in ["1", None, -1, 2**80, True, 999, *chunks * 3]:
+        app.send_task("virnucpro.extract", args=[chunk], queue="extract")
+    app.send_task("virnucpro.extract", args=[], queue="extract")
+    app.close()
+    pipeline.start_relay()
+    pipeline.start_workers()
+    job = pipeline.wait_for(submitted.job_id)
+    assert job.state == "succeeded"
+    assert job.embeddings == RECORDS - FAILURES
+    assert {row.attempts for row in pipeline.rows("SELECT attempts FROM chunks")} == {1}
+    assert pipeline.logs().count("committed") == len(chunks) + 2
+    assert pipeline.logs().count("message_rejected") == 6
+
+
+def running_child(pipeline: Pipeline) -> tuple[int, int] | None:
+    """Process and chunk of an extract worker that holds a chunk."""
+    rows = pipeline.rows(
+        "SELECT w.pid, c.id FROM chunks c JOIN workers w ON w.id = c.worker_id"
+        " WHERE c.state = 'running' AND c.stage = 'extract' AND w.state = 'live'"
+    )
+    return (rows[0].pid, rows[0].id) if rows else None
+
+
+def test_killed_child_is_replaced_and_its_chunk_runs_again(
+    pipeline: Pipeline, long_fasta: Path, broker_url: str
+) -> None:
+    pipeline.start_relay()
+    pipeline.start_workers()
+    submitted = pipeline.submit(long_fasta)
+    pid, chunk = pipeline.wait_until(lambda: running_child(pipeline))
+    os.kill(pid, signal.SIGKILL)
+    with redis.Redis.from_url(broker_url) as broker:
+        broker.flushdb()
+    job = pipeline.wait_for(submitted.job_id, seconds=120)
+    assert (job.state, job.embeddings) == ("succeeded", 12)
+    (killed,) = pipeline.rows("SELECT attempts FROM chunks WHERE id = :chunk", chunk=chunk)
+    assert killed.attempts == 2
+    assert {row.state for row in pipeline.rows("SELECT state FROM workers WHERE pid = :pid", pid=pid)} == {
+        "gone"
+    }
+
+
+def test_stopped_worker_finishes_its_chunk_and_leaves_the_rest(pipeline: Pipeline, long_fasta: Path) -> None:
+    pipeline.start_relay()
+    pipeline.start_workers("finish")
+    extracting = pipeline.start_workers("extract")
+    submitted = pipeline.submit(long_fasta)
+    _, chunk = pipeline.wait_until(lambda: running_child(pipeline))
+    extracting.stop()
+    held = pipeline.rows("SELECT state, attempts FROM chunks WHERE id = :chunk", chunk=chunk)
+    assert held == [("done", 1)]
+    assert pipeline.rows("SELECT * FROM chunks WHERE state = 'running'") == []
+    assert pipeline.job(submitted.job_id).state == "running"
+    pipeline.start_workers("extract")
+    assert pipeline.wait_for(submitted.job_id).state == "succeeded"
+    assert {row.attempts for row in pipeline.rows("SELECT attempts FROM chunks")} == {1}
+
+
+def test_hurried_worker_hands_its_chunk_back(pipeline: Pipeline, long_fasta: Path) -> None:
+    pipeline.configure(chunk_tokens=100_000)
+    pipeline.start_relay()
+    extracting = pipeline.start_workers("extract")
+    pipeline.submit(long_fasta)
+    pipeline.wait_until(lambda: running_child(pipeline))
+    assert extracting.process is not None
+    extracting.process.terminate()
+    pipeline.wait_until(lambda: "stopping" in extracting.log.read_text())
+    extracting.process.terminate()
+    extracting.process.wait(30)
+    assert pipeline.rows("SELECT state, attempts FROM chunks") == [("pending", 0)]
+
+
+def test_damaged_artifacts_are_made_again(pipeline: Pipeline, long_fasta: Path) -> None:
+    pipeline.start_relay()
+    pipeline.start_workers("extract")
+    submitted = pipeline.submit(long_fasta)
+    pipeline.wait_for(submitted.job_id, lambda job: job.stage == "merge")
+    root = pipeline.settings.output_root
+    paths = [root / row.path for row in pipeline.rows("SELECT path FROM artifacts ORDER BY ordinal")]
+    paths[3].unlink()
+    flipped = bytearray(paths[7].read_bytes())
+    flipped[-1] ^= 1
+    paths[7].write_bytes(flipped)
+    pipeline.start_workers("finish")
+    job = pipeline.wait_for(submitted.job_id)
+    assert (job.state, job.embeddings) == ("succeeded", 12)
+    finished = pipeline.rows("SELECT ordinal, error FROM chunks WHERE stage = 'extract' ORDER BY finished_at")
+    assert {row.ordinal for row in finished[-2:]} == {3, 7}
+    assert pipeline.logs().count("committed") == 12 + 2 + 2
+
+
+def test_input_replaced_after_registration_fails_the_job(pipeline: Pipeline, small_fasta: Path) -> None:
+    submitted = pipeline.submit(small_fasta)
+    small_fasta.write_text(small_fasta.read_text().replace("MKVL", "MKVA"))
+    pipeline.start_relay()
+    pipeline.start_workers("extract")
+    job = pipeline.wait_for(submitted.job_id)
+    assert job.state == "failed"
+    assert "the input was changed after registration" in job.error
+    assert str(small_fasta) in job.error
+
+
+def test_model_that_is_missing_or_another_fails_the_job_in_words(
+    pipeline: Pipeline, small_fasta: Path, tmp_path: Path
+) -> None:
+    pipeline.configure(model_root=tmp_path / "models", max_attempts=1)
+    pipeline.start_relay()
+    pipeline.start_workers("extract")
+    job = pipeline.wait_for(pipeline.submit(small_fasta).job_id)
+    assert job.state == "failed"
+    assert "there is no model" in job.error
+    assert job.execution_class is None
+
+
+def test_child_that_met_an_unknown_error_is_replaced(
+    pipeline: Pipeline, long_fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BROKEN_ONCE", str(tmp_path / "broken"))
+    pipeline.start_relay()
+    pipeline.start_workers("finish")
+    pipeline.start_node("tests.breaking_worker", "extract")
+    job = pipeline.wait_for(pipeline.submit(long_fasta).job_id)
+    assert (job.state, job.embeddings) == ("succeeded", 12)
+    attempts = sorted(
+        row.attempts for row in pipeline.rows("SELECT attempts FROM chunks WHERE stage = 'extract'")
+    )
+    assert attempts == [1] * 11 + [2]
+    assert "RuntimeError: CUDA error" in pipeline.logs()
+    assert '"locals"' not in pipeline.logs()
+    assert [
+        row.state for row in pipeline.rows("SELECT state FROM workers WHERE queue = 'extract' ORDER BY id")
+    ] == [
+        "gone",
+        "live",
+    ]

@@ -1,0 +1,72 @@
+"""Reading: a chunk's records from its input, the likely next ones ahead of time."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import structlog
+from sqlalchemy import Engine
+
+from virnucpro_core.errors import VirnucproError
+from virnucpro_core.ledger.database import in_transaction
+from virnucpro_core.ledger.queries import next_pending
+from virnucpro_core.ledger.transitions import EXTRACT, Declined, describe
+from virnucpro_core.ledger.work import Work
+from virnucpro_core.sequences.fasta import RecordBatch, parse_records
+from virnucpro_core.sequences.scan import read_range
+
+log = structlog.get_logger()
+
+CHUNKS_AHEAD = 4
+"""Chunks kept ready. The next message is one of the oldest in the queue, but other workers take from it, too;
+a chunk read for nothing costs tens of milliseconds of a thread that would have idled."""
+
+
+def read_batch(work: Work) -> RecordBatch:
+    """The records of an extract chunk.
+
+    Raises:
+        InputChangedError: its bytes are not those that were registered.
+    """
+    return parse_records(
+        read_range(work.location, work.compression, work.range),
+        first_record=work.range.first_record,
+        residues=work.recipe.residues,
+        truncation=work.recipe.truncation,
+    )
+
+
+class LookAhead:
+    """Reads chunks that are likely to come next, in a thread, while the device computes."""
+
+    def __init__(self, ledger: Engine, queue: str) -> None:
+        self.ledger = ledger
+        self.queue = queue
+        self.batches: dict[int, RecordBatch] = {}
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="look-ahead")
+        self.reading: Future[None] | None = None
+
+    def start(self) -> None:
+        """Begin to read, unless it is still at it."""
+        if self.reading is None or self.reading.done():
+            self.reading = self.thread.submit(self._read)
+
+    def take(self, work: Work) -> RecordBatch:
+        """A chunk's records, read now if they are not here yet; raises as `read_batch` does."""
+        batch = self.batches.pop(work.chunk_id, None)
+        return read_batch(work) if batch is None else batch
+
+    def _read(self) -> None:
+        try:
+            likely = in_transaction(self.ledger, next_pending, self.queue, CHUNKS_AHEAD)
+            for chunk_id in self.batches.keys() - set(likely):
+                self.batches.pop(chunk_id, None)
+            for chunk_id in likely:
+                if chunk_id in self.batches:
+                    continue
+                work = in_transaction(self.ledger, describe, chunk_id)
+                if not isinstance(work, Declined) and work.stage == EXTRACT:
+                    self.batches[chunk_id] = read_batch(work)
+        except VirnucproError as error:
+            # Whoever claims the chunk meets the same error and records it.
+            log.info("look_ahead_stopped", reason=str(error))

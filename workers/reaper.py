@@ -1,0 +1,54 @@
+"""The reaper: takes chunks back from workers that fell silent or got stuck."""
+
+from __future__ import annotations
+
+import structlog
+from sqlalchemy import Connection, Engine, text
+
+from virnucpro_core.errors import ServiceError
+from virnucpro_core.ledger.database import in_transaction
+from virnucpro_core.ledger.workers import (
+    Recovered,
+    chunks_of_the_gone,
+    expire_stuck_workers,
+    expire_workers,
+    take_back,
+)
+from virnucpro_core.settings import Settings
+
+log = structlog.get_logger()
+
+LOCK_TIMEOUT = "2s"
+"""A stopped process may hold the lock of its job; the others must not wait for it."""
+
+
+def reap(ledger: Engine, settings: Settings) -> list[Recovered]:
+    """Give up workers whose lease has run out or whose progress stands still, and free what they hold.
+
+    A chunk that cannot be freed now is found again by the next call.
+
+    Raises:
+        ServiceError: the database cannot be used.
+    """
+    reasons = dict.fromkeys(in_transaction(ledger, expire_workers), "its worker fell silent")
+    stuck = in_transaction(ledger, expire_stuck_workers, stuck_seconds=settings.stuck_seconds)
+    reasons |= dict.fromkeys(stuck, f"its worker made no progress for {settings.stuck_seconds:g} s")
+    for worker, reason in reasons.items():
+        log.warning("worker_expired", worker=worker, reason=reason)
+    recovered = []
+    for worker in in_transaction(ledger, chunks_of_the_gone):
+        reason = reasons.get(worker, "its worker is gone")
+        try:
+            chunks = in_transaction(ledger, free_chunks, worker, reason, settings.max_attempts)
+        except ServiceError as error:
+            log.warning("chunks_not_freed", worker=worker, reason=str(error))
+            continue
+        for chunk in chunks:
+            log.warning("chunk_freed", chunk=chunk.chunk_id, job=chunk.job_id, worker=worker, now=chunk.state)
+        recovered += chunks
+    return recovered
+
+
+def free_chunks(tx: Connection, worker_id: int, reason: str, max_attempts: int) -> list[Recovered]:
+    tx.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
+    return take_back(tx, worker_id, reason, max_attempts=max_attempts)

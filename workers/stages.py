@@ -1,0 +1,331 @@
+"""The stages: what is done with a chunk that was claimed. Nothing here claims, commits or knows Celery."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+import structlog
+from sqlalchemy import Connection, Engine
+
+from virnucpro_core.errors import ArtifactError, InputChangedError, MismatchError
+from virnucpro_core.failures import FailureReason
+from virnucpro_core.features.exports import write_export
+from virnucpro_core.features.files import Written, hash_file, new_file, remove_abandoned
+from virnucpro_core.features.manifests import Counts, Manifest, ResultFile, installed_versions, write_manifest
+from virnucpro_core.features.matrices import Matrix, open_matrix, write_matrix
+from virnucpro_core.features.merging import merge_chunks, merge_features
+from virnucpro_core.features.validation import validate_export, validate_merged, validate_result
+from virnucpro_core.ledger.database import in_transaction
+from virnucpro_core.ledger.queries import (
+    ArtifactRow,
+    SubmissionRow,
+    artifacts_of,
+    chunk_ranges,
+    failure_counts,
+    failures_of,
+    get_job,
+    submissions_of,
+)
+from virnucpro_core.ledger.transitions import EXTRACT, MERGE, VALIDATE
+from virnucpro_core.ledger.work import NewArtifact, Result, Work, job_folder, result_folder
+from virnucpro_core.sequences.fasta import parse_records
+from virnucpro_core.sequences.scan import read_range
+from virnucpro_core.settings import Settings
+from workers.publication import Publication
+
+if TYPE_CHECKING:
+    from virnucpro_core.embedding.extraction import Extraction
+
+log = structlog.get_logger()
+
+MATRIX, EXPORT, MERGED, FAILURES, MANIFEST = "matrix", "export", "merged", "failures", "manifest"
+"""Kinds of artifacts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a stage made, and what is to be published when it is committed."""
+
+    result: Result
+    publications: Sequence[Publication] = ()
+
+
+Stage = Callable[[Engine, Work, Settings], Outcome]
+
+
+def keep_extraction(work: Work, extraction: Extraction, settings: Settings) -> Outcome:
+    """Write a chunk's embeddings.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+    execution = extraction.execution.to_json()
+    written = write_matrix(
+        stage_folder(work, settings) / f"{work.range.ordinal:08d}.safetensors",
+        extraction.ids,
+        extraction.records,
+        extraction.embeddings,
+        {
+            "input_sha256": work.input_sha256,
+            "recipe": json.dumps(work.recipe.to_json(), sort_keys=True),
+            "execution": json.dumps(execution, sort_keys=True),
+        },
+    )
+    counts = extraction.counts
+    return Outcome(
+        Result(
+            artifacts=[describe_file(written, MATRIX, settings)],
+            embeddings=counts.embeddings,
+            failures=extraction.failures,
+            truncated=counts.truncated,
+            unknown=counts.unknown,
+            tokens=counts.tokens,
+            seconds=extraction.seconds,
+            execution=execution,
+        )
+    )
+
+
+def merge(ledger: Engine, work: Work, settings: Settings) -> Outcome:
+    """Join a job's chunk artifacts, export them, and join them with the nucleotides that were submitted.
+
+    Raises:
+        ArtifactError: a chunk artifact is missing or damaged, or a file cannot be written.
+        MismatchError: chunks, or nucleotides and proteins, do not belong together.
+        InputChangedError: a nucleotide file is not the one that was submitted.
+    """
+    started = time.perf_counter()
+    root = output_root(settings)
+    chunks = in_transaction(ledger, artifacts_of, work.job_id, stage=EXTRACT)
+    folder = stage_folder(work, settings)
+    written = merge_chunks(
+        [(root / chunk.path, chunk.sha256) for chunk in chunks], folder / "result.safetensors"
+    )
+    matrix = open_matrix(written.path)
+    artifacts = [describe_file(written, MATRIX, settings)]
+    exports = write_export(folder / "result.pt", matrix, rows_per_file=settings.export_rows)
+    artifacts += [describe_file(export, EXPORT, settings) for export in exports]
+    for submission in in_transaction(ledger, submissions_of, work.job_id):
+        if submission.nucleotide_path:
+            merged = merge_nucleotides(submission, matrix, folder, records=work.range.records)
+            artifacts.append(describe_file(merged, MERGED, settings))
+    return Outcome(Result(artifacts=artifacts, seconds=time.perf_counter() - started))
+
+
+def merge_nucleotides(submission: SubmissionRow, matrix: Matrix, folder: Path, *, records: int) -> Written:
+    path = Path(submission.nucleotide_path)
+    try:
+        sha256 = hash_file(path)
+    except ArtifactError as error:
+        raise InputChangedError(
+            "the nucleotide embeddings can no longer be read", where=str(path), todo="Submit the file again."
+        ) from error
+    if sha256 != submission.nucleotide_sha256:
+        raise InputChangedError(
+            "the nucleotide embeddings were changed after registration",
+            where=str(path),
+            todo="Submit the file again.",
+        )
+    data_type = cast("Literal['host', 'viral'] | None", submission.label or None)
+    return merge_features(
+        path, matrix, folder / merged_name(submission), records=records, data_type=data_type
+    )
+
+
+def validate(ledger: Engine, work: Work, settings: Settings) -> Outcome:
+    """Reopen a job's result from disk, compare it with its input, and prepare its publication.
+
+    Raises:
+        MismatchError: the result is not what it should be; it says how.
+        InputChangedError: the input is no longer what was registered.
+        ArtifactError: a file cannot be written.
+    """
+    started = time.perf_counter()
+    root = output_root(settings)
+    folder = stage_folder(work, settings)
+    made = in_transaction(ledger, artifacts_of, work.job_id, stage=MERGE)
+    failures, failed = in_transaction(ledger, write_failures, work.job_id, folder / "failures.jsonl")
+    check_result(ledger, work, root, made, failed)
+
+    artifacts = [] if failures is None else [describe_file(failures, FAILURES, settings)]
+    merged_paths = {Path(row.path).name: root / row.path for row in made if row.kind == MERGED}
+    exports = [as_written(row, root) for row in made if row.kind == EXPORT]
+    publications = []
+    submissions = in_transaction(ledger, submissions_of, work.job_id)
+    for submission in submissions:
+        manifest = write_manifest(
+            folder / f"manifest_{submission.id}.json",
+            in_transaction(ledger, describe_result, work, submission, exports),
+        )
+        artifacts.append(describe_file(manifest, MANIFEST, settings))
+        publications.append(
+            Publication(
+                folder=root / result_folder(submission.stem, work.input_sha256, work.recipe.sha256),
+                stem=submission.stem,
+                exports=[export.path for export in exports],
+                merged=merged_paths.get(merged_name(submission)),
+                failures=None if failures is None else failures.path,
+                manifest=manifest.path,
+            )
+        )
+    result = Result(
+        artifacts=artifacts,
+        seconds=time.perf_counter() - started,
+        published=[submission.id for submission in submissions],
+    )
+    return Outcome(result, publications)
+
+
+def check_result(
+    ledger: Engine, work: Work, root: Path, made: Sequence[ArtifactRow], failed: Sequence[int]
+) -> None:
+    """Compare what merge made with the input and the ledger.
+
+    Raises:
+        MismatchError: with all that is wrong.
+    """
+    job = in_transaction(ledger, get_job, work.job_id)
+    result = next((row for row in made if row.kind == MATRIX), None)
+    if result is None:
+        raise MismatchError("there is no merged result to validate", where=work.title, todo="Retry the job.")
+    verdict = validate_result(
+        root / result.path, sha256=result.sha256, ids=read_ids(ledger, work), failed=failed
+    )
+    errors = list(verdict.errors)
+    if (verdict.rows, len(failed), verdict.records) != (job.embeddings, job.failed, job.records):
+        errors.append(
+            f"{verdict.rows} embeddings and {len(failed)} failures of {verdict.records} records, "
+            f"where the ledger counts {job.embeddings}, {job.failed} and {job.records}"
+        )
+    if verdict.passed:
+        matrix = open_matrix(root / result.path)
+        errors += validate_export([as_written(row, root) for row in made if row.kind == EXPORT], matrix)
+        for row in made:
+            if row.kind == MERGED:
+                errors += validate_merged(as_written(row, root), matrix)
+    log.info(
+        "validated",
+        job=work.job_id,
+        passed=not errors,
+        errors=errors,
+        rows=verdict.rows,
+        failures=len(failed),
+    )
+    if errors:
+        raise MismatchError(
+            f"the result is not valid: {'; '.join(errors)}",
+            where=str(root / result.path),
+            todo="Force the job anew if a retry does not help.",
+        )
+
+
+def read_ids(ledger: Engine, work: Work) -> Iterator[str]:
+    """The id of every record of a job's input, in input order, read chunk by chunk."""
+    for chunk in in_transaction(ledger, chunk_ranges, work.job_id):
+        data = read_range(work.location, work.compression, chunk)
+        yield from parse_records(data, first_record=chunk.first_record, truncation=1).ids
+
+
+def write_failures(tx: Connection, job_id: int, path: Path) -> tuple[Written | None, array[int]]:
+    """List a job's failures, one JSON object a line; no file without failures.
+
+    Returns:
+        The file, and the failed records' numbers in input order.
+    """
+    records = array("q")
+    if not failure_counts(tx, job_id):
+        return None, records
+    with new_file(path) as file:
+        for failure in failures_of(tx, job_id):
+            file.write(json.dumps(asdict(failure), ensure_ascii=False).encode() + b"\n")
+            records.append(failure.record)
+    return Written(path, file.sha256, file.bytes, len(records)), records
+
+
+def describe_result(
+    tx: Connection, work: Work, submission: SubmissionRow, exports: Sequence[Written]
+) -> Manifest:
+    """The manifest of a job's result as one submission's readers will see it."""
+    job = get_job(tx, work.job_id)
+    counts = Counts(
+        records=job.records,
+        embeddings=job.embeddings,
+        failures={FailureReason(reason): count for reason, count in failure_counts(tx, work.job_id).items()},
+        residues=job.input_residues,
+        tokens=job.tokens,
+        truncated=job.truncated,
+        unknown=job.unknown,
+    )
+    names = [export.path.name.replace("result", f"{submission.stem}_ESM", 1) for export in exports]
+    return Manifest(
+        input_name=Path(submission.path).name,
+        input_sha256=work.input_sha256,
+        recipe=work.recipe,
+        execution=job.execution or {},
+        counts=counts,
+        files=tuple(ResultFile.of(export, name) for export, name in zip(exports, names, strict=True)),
+        versions=installed_versions(),
+    )
+
+
+def find_damaged(ledger: Engine, work: Work, settings: Settings) -> list[int]:
+    """Ids of the artifacts that a stage takes in and whose bytes are not those that were recorded."""
+    taken = {MERGE: EXTRACT, VALIDATE: MERGE}.get(work.stage)
+    damaged = []
+    for row in in_transaction(ledger, artifacts_of, work.job_id, stage=taken) if taken else ():
+        try:
+            sound = hash_file(output_root(settings) / row.path) == row.sha256
+        except ArtifactError as error:
+            log.warning("artifact_unreadable", reason=str(error))
+            sound = False
+        if not sound:
+            log.warning("artifact_damaged", job=work.job_id, artifact=row.id, path=row.path)
+            damaged.append(row.id)
+    return damaged
+
+
+def sweep(work: Work, publications: Sequence[Publication], settings: Settings) -> None:
+    """Remove what a finished job no longer needs: files of dead writers, and older generations."""
+    folder = output_root(settings) / job_folder(work.job_id)
+    for place in {folder, *(publication.folder for publication in publications)}:
+        removed = remove_abandoned(place)
+        if removed:
+            log.info("abandoned_files_removed", folder=str(place), files=len(removed))
+    for older in range(1, work.generation):
+        generation = folder / f"g{older}"
+        try:
+            shutil.rmtree(generation)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            log.warning("generation_kept", folder=str(generation), reason=error.strerror)
+        else:
+            log.info("generation_removed", folder=str(generation))
+
+
+def output_root(settings: Settings) -> Path:
+    return settings.output_root.absolute()
+
+
+def stage_folder(work: Work, settings: Settings) -> Path:
+    return output_root(settings) / work.artifact_folder()
+
+
+def merged_name(submission: SubmissionRow) -> str:
+    return f"merged_{submission.id}.pt"
+
+
+def describe_file(written: Written, kind: str, settings: Settings) -> NewArtifact:
+    path = written.path.relative_to(output_root(settings)).as_posix()
+    return NewArtifact(kind=kind, path=path, sha256=written.sha256, bytes=written.bytes, rows=written.rows)
+
+
+def as_written(row: ArtifactRow, root: Path) -> Written:
+    return Written(root / row.path, row.sha256, row.bytes, row.rows)
