@@ -33,7 +33,13 @@ from virnucpro_core.ledger.waiters import add_waiter, remove_waiter
 from virnucpro_core.settings import load_settings
 from virnucpro_core.verification import look_at_job
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 10.0  # seconds between two looks at the ledger
+PAUSE = 8.0
+"""Seconds before each look at the ledger, give or take a fifth: the first one, too.
+
+Airflow may notice only 5 s after a task deferred that its process has ended (`[workers] min_heartbeat_interval`). A
+task that is resumed before is taken for one that broke off while it was queued, and is retried.
+"""
+
 PATIENCE = 900.0  # seconds that the ledger may be silent before the task is told
 
 log = structlog.get_logger()
@@ -79,10 +85,10 @@ class StageTrigger(BaseTrigger):
         )
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        pause = FIRST_PAUSE
         clock = asyncio.get_running_loop().time
         answered = clock()
         while True:
+            await asyncio.sleep(PAUSE * random.uniform(0.8, 1.2))
             try:
                 unsettled = await self.count_unsettled()
                 answered = clock()
@@ -94,8 +100,6 @@ class StageTrigger(BaseTrigger):
             if not unsettled:
                 yield TriggerEvent(None)  # type: ignore[no-untyped-call]
                 return
-            await asyncio.sleep(pause * random.uniform(0.8, 1.2))
-            pause = min(pause * 1.5, LONGEST_PAUSE)
 
     async def count_unsettled(self) -> int:
         async with share_async_ledger().connect() as connection:

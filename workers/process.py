@@ -50,9 +50,10 @@ from virnucpro_core.ledger.transitions import (
 )
 from virnucpro_core.ledger.work import Claim, Work
 from virnucpro_core.settings import Settings
+from workers.cleaning import remove_expired, sweep
 from workers.heartbeat import Heartbeat
 from workers.reading import LookAhead
-from workers.stages import Outcome, Stage, find_damaged, keep_extraction, merge, sweep, validate
+from workers.stages import Outcome, Stage, find_damaged, keep_extraction, merge, validate
 
 if TYPE_CHECKING:
     from virnucpro_core.embedding.execution import ExecutionClass
@@ -161,9 +162,9 @@ class WorkerProcess:
         log.info("claimed", chunk=work.title, attempt=claimed.attempt)
         self.look_ahead.start()
         with self._attempt(claimed):
-            from virnucpro_core.embedding.extraction import embed
+            from virnucpro_core.embedding.extraction import extract
 
-            extraction = embed(model, self.look_ahead.take(work), on_progress=self._count_records)
+            extraction = extract(self.look_ahead.take(work), model, on_progress=self._count_records)
             if self.writing is not None:
                 wait([self.writing])
             self.writing = self.writer.submit(self._write, claimed, extraction)
@@ -203,6 +204,7 @@ class WorkerProcess:
             self._commit(claimed, outcome)
             if work.stage == VALIDATE:
                 sweep(work, outcome.publications, self.settings)
+                remove_expired(self.ledger, self.settings)
 
     def _mend(self, work: Work) -> bool:
         """Have damaged artifacts made again, if there are any; the stage that met them then begins anew."""

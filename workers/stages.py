@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from sqlalchemy import Connection, Engine
 from virnucpro_core.errors import ArtifactError, InputChangedError, MismatchError
 from virnucpro_core.failures import FailureReason
 from virnucpro_core.features.exports import write_export
-from virnucpro_core.features.files import Written, hash_file, new_file, remove_abandoned
+from virnucpro_core.features.files import Written, hash_file, new_file
 from virnucpro_core.features.manifests import Counts, Manifest, ResultFile, installed_versions, write_manifest
 from virnucpro_core.features.matrices import Matrix, open_matrix, write_matrix
 from virnucpro_core.features.merging import merge_chunks, merge_features
@@ -34,7 +33,7 @@ from virnucpro_core.ledger.queries import (
     submissions_of,
 )
 from virnucpro_core.ledger.transitions import EXTRACT, MERGE, VALIDATE
-from virnucpro_core.ledger.work import NewArtifact, Result, Work, job_folder, result_folder
+from virnucpro_core.ledger.work import NewArtifact, Result, Work, result_folder
 from virnucpro_core.sequences.fasta import parse_records
 from virnucpro_core.sequences.scan import read_range
 from virnucpro_core.settings import Settings
@@ -289,25 +288,6 @@ def find_damaged(ledger: Engine, work: Work, settings: Settings) -> list[int]:
             log.warning("artifact_damaged", job=work.job_id, artifact=row.id, path=row.path)
             damaged.append(row.id)
     return damaged
-
-
-def sweep(work: Work, publications: Sequence[Publication], settings: Settings) -> None:
-    """Remove what a finished job no longer needs: files of dead writers, and older generations."""
-    folder = output_root(settings) / job_folder(work.job_id)
-    for place in {folder, *(publication.folder for publication in publications)}:
-        removed = remove_abandoned(place)
-        if removed:
-            log.info("abandoned_files_removed", folder=str(place), files=len(removed))
-    for older in range(1, work.generation):
-        generation = folder / f"g{older}"
-        try:
-            shutil.rmtree(generation)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            log.warning("generation_kept", folder=str(generation), reason=error.strerror)
-        else:
-            log.info("generation_removed", folder=str(generation))
 
 
 def output_root(settings: Settings) -> Path:

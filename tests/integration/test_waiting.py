@@ -33,8 +33,7 @@ CONNECTIONS = """SELECT pid FROM pg_stat_activity
 @pytest.fixture(autouse=True)
 def quick_looks(settings_environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """The process is set up as Airflow's are; triggers look often, operators run without a task runner."""
-    monkeypatch.setattr(waiting, "FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(waiting, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(waiting, "PAUSE", 0.05)
     monkeypatch.setattr(ExecutorSafeguard, "test_mode", True)
 
 

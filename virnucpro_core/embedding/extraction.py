@@ -84,7 +84,7 @@ class Extraction:
 
 
 def extract(
-    source: str | PathLike[str] | InputRange,
+    source: str | PathLike[str] | InputRange | RecordBatch,
     model: ModelSource,
     *,
     residues: ResiduePolicy = "unknown",
@@ -93,10 +93,11 @@ def extract(
     allow_nucleotides: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Extraction:
-    """Embeds the proteins of a FASTA file or of a byte range of one.
+    """Embeds the proteins of a FASTA file, of a byte range of one, or of records that have been read.
 
     Args:
-        source: a file (plain, gzip, bgzip or zstd), or one chunk of a registered input.
+        source: a file (plain, gzip, bgzip or zstd), one chunk of a registered input, or its records, read
+            ahead under the residue policy and truncation that they carry.
         model: as `load_fast_esm` takes it.
         residues: `unknown` turns letters outside the vocabulary into `<unk>`; `strict` fails the record.
         truncation: residues kept of each record.
@@ -118,6 +119,8 @@ def extract(
         )
         return embed(loaded, batch, toks_per_batch=toks_per_batch, on_progress=on_progress)
 
+    if isinstance(source, RecordBatch):
+        return embed(loaded, source, toks_per_batch=toks_per_batch, on_progress=on_progress)
     if isinstance(source, InputRange):
         parts = [embed_range(source.location, source.compression, source.chunk)]
         return _join(parts, source.chunk.sha256, started)

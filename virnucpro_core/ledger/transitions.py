@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, Row, delete, select, text
 
 from virnucpro_core.errors import JobError, StaleLeaseError
 from virnucpro_core.failures import Failure
+from virnucpro_core.ledger import tables
 from virnucpro_core.ledger.work import Claim, NewArtifact, Result, Work
 from virnucpro_core.recipe import Recipe
 from virnucpro_core.sequences.chunks import ChunkRange
@@ -286,7 +287,15 @@ def advance(tx: Connection, job_id: int) -> str:
     tx.execute(
         text("UPDATE jobs SET state = 'succeeded', finished_at = now() WHERE id = :job"), {"job": job_id}
     )
+    forget_older_generations(tx, job_id)
     return "succeeded"
+
+
+def forget_older_generations(tx: Connection, job_id: int) -> None:
+    """Delete what generations before the one that succeeded left in the ledger; their files go by a sweep."""
+    for table in (tables.Artifact, tables.FailureRow):
+        older = select(tables.Job.generation).where(tables.Job.id == job_id).scalar_subquery()
+        tx.execute(delete(table).where(table.job_id == job_id, table.generation < older))
 
 
 def begin_stage(tx: Connection, job_id: int, stage: str) -> None:

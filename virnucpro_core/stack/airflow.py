@@ -106,6 +106,8 @@ class Airflow:
                 },
                 "api_auth": {"jwt_secret": self.secrets.read("airflow-jwt")},
                 "dag_processor": {"refresh_interval": 10, "min_file_process_interval": 10},
+                # How late Airflow may notice that a task's process has ended.
+                "workers": {"min_heartbeat_interval": 1},
                 "logging": {"base_log_folder": self.folder / "logs"},
                 "usage_data_collection": {"enabled": False},
             }

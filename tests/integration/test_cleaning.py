@@ -1,0 +1,97 @@
+"""What finished jobs leave on disk is removed when its time has come, and not before."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, text
+
+from tests import ledger_jobs as jobs
+from virnucpro_core.ledger import queries
+from virnucpro_core.ledger.database import in_transaction, open_ledger
+from virnucpro_core.ledger.jobs import resume
+from virnucpro_core.settings import load_settings
+from virnucpro_core.stack.postgres import LedgerUrls
+from workers.cleaning import remove_expired
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def owner(settings_environment: Callable[..., None], ledger_urls: LedgerUrls) -> Iterator[Engine]:
+    engine = open_ledger(ledger_urls["owner"])
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def worker(settings_environment: Callable[..., None], ledger_urls: LedgerUrls) -> Iterator[Engine]:
+    engine = open_ledger(ledger_urls["worker"])
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def job_id(owner: Engine) -> int:
+    """A job that has succeeded, and its files."""
+    in_transaction(owner, jobs.add_model)
+    registered = in_transaction(owner, jobs.register, jobs.scan())
+    in_transaction(owner, jobs.run_job, registered.job_id, in_transaction(owner, jobs.start_worker))
+    for path in files_of(owner, registered.job_id):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * 100)
+    return registered.job_id
+
+
+def files_of(ledger: Engine, job_id: int, stage: str | None = None) -> list[Path]:
+    artifacts = in_transaction(ledger, queries.artifacts_of, job_id, stage=stage)
+    return [load_settings().output_root / artifact.path for artifact in artifacts]
+
+
+def finish_earlier(owner: Engine, days: int) -> None:
+    with owner.begin() as tx:
+        tx.execute(
+            text("UPDATE jobs SET finished_at = finished_at - make_interval(days => :days)"), {"days": days}
+        )
+
+
+def test_chunks_stay_for_the_days_that_the_setting_says(owner: Engine, worker: Engine, job_id: int) -> None:
+    chunks = files_of(owner, job_id, "extract")
+    finish_earlier(owner, days=6)
+    remove_expired(worker, load_settings())
+    assert all(path.exists() for path in chunks)
+    finish_earlier(owner, days=2)
+    remove_expired(worker, load_settings())
+    assert not any(path.exists() for path in chunks)
+    assert files_of(owner, job_id, "extract") == []
+    assert all(path.exists() for path in files_of(owner, job_id))
+    lost = queries.find_lost(in_transaction(owner, queries.artifacts_of, job_id), load_settings().output_root)
+    assert lost == [], "what was removed on purpose is not lost"
+
+
+def test_chunks_of_a_job_that_runs_again_stay(owner: Engine, worker: Engine, job_id: int) -> None:
+    merged = in_transaction(owner, queries.artifacts_of, job_id, stage="merge")
+    finish_earlier(owner, days=30)
+    in_transaction(owner, resume, job_id, [merged[0].id])
+    remove_expired(worker, load_settings())
+    assert all(path.exists() for path in files_of(owner, job_id, "extract"))
+
+
+def test_spooled_copies_go_when_no_job_needs_them(owner: Engine, worker: Engine, job_id: int) -> None:
+    spool = load_settings().spool_root
+    spool.mkdir(parents=True)
+    needed, unknown, fresh = (spool / f"{name}.fasta" for name in (jobs.scan().sha256, "0" * 64, "1" * 64))
+    abandoned = spool / "1-abc.tmp"
+    for path in (needed, unknown, fresh, abandoned):
+        path.write_bytes(b">a\nM\n")
+        if path != fresh:
+            os.utime(path, (time.time() - 30 * 86_400,) * 2)
+    remove_expired(worker, load_settings())
+    assert set(spool.iterdir()) == {needed, fresh}
+    finish_earlier(owner, days=8)
+    remove_expired(worker, load_settings())
+    assert set(spool.iterdir()) == {fresh}

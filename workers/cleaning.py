@@ -1,0 +1,65 @@
+"""Cleaning: what finished jobs no longer need on disk. Nothing here may fail a job."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+
+import structlog
+from sqlalchemy import Engine
+
+from virnucpro_core.errors import ServiceError
+from virnucpro_core.features.files import remove_abandoned
+from virnucpro_core.ledger.database import in_transaction
+from virnucpro_core.ledger.retention import expired_jobs, needed_spools, remove_chunks
+from virnucpro_core.ledger.work import Work, job_folder
+from virnucpro_core.settings import Settings
+from workers.publication import Publication
+from workers.stages import output_root
+
+log = structlog.get_logger()
+
+LEAST_SPOOL_DAYS = 1.0
+"""A copy is there before its job is registered: however short the retention, it stays for as long as that takes."""
+
+
+def sweep(work: Work, publications: Sequence[Publication], settings: Settings) -> None:
+    """Remove what a finished job no longer needs: files of dead writers, and older generations."""
+    folder = output_root(settings) / job_folder(work.job_id)
+    for place in {folder, *(publication.folder for publication in publications)}:
+        removed = remove_abandoned(place)
+        if removed:
+            log.info("abandoned_files_removed", folder=str(place), files=len(removed))
+    for older in range(1, work.generation):
+        generation = folder / f"g{older}"
+        try:
+            shutil.rmtree(generation)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            log.warning("generation_kept", folder=str(generation), reason=error.strerror)
+        else:
+            log.info("generation_removed", folder=str(generation))
+
+
+def remove_expired(ledger: Engine, settings: Settings) -> None:
+    """Remove the chunk artifacts and spooled inputs of jobs that succeeded longer ago than the settings keep them."""
+    try:
+        for job in in_transaction(ledger, expired_jobs, keep_days=settings.keep_chunks_days):
+            removed = in_transaction(ledger, remove_chunks, job, output_root(settings))
+            log.info("chunks_removed", job=job, files=removed)
+        remove_spools(ledger, settings)
+    except (OSError, ServiceError) as error:
+        log.warning("cleaning_stopped", reason=str(error))
+
+
+def remove_spools(ledger: Engine, settings: Settings) -> None:
+    """Remove spooled copies that no job needs, and what killed scans left beside them."""
+    keep_days = max(settings.keep_chunks_days, LEAST_SPOOL_DAYS)
+    needed = in_transaction(ledger, needed_spools, keep_days=keep_days)
+    oldest = time.time() - keep_days * 86_400
+    for path in settings.spool_root.absolute().glob("*"):
+        if path.stem not in needed and path.stat().st_mtime < oldest:
+            path.unlink(missing_ok=True)
+            log.info("spool_removed", path=str(path))
