@@ -8,16 +8,19 @@ None reads more rows than it changes, so the cost of a step does not grow with t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, select, text
+from sqlalchemy import Connection, Row, text
 
 from virnucpro_core.errors import JobError, StaleLeaseError
-from virnucpro_core.failures import Failure
-from virnucpro_core.ledger import tables
-from virnucpro_core.ledger.work import Claim, NewArtifact, Result, Work
+from virnucpro_core.ledger.results import (
+    forget_older_generations,
+    mark_published,
+    replace_artifacts,
+    replace_failures,
+)
+from virnucpro_core.ledger.work import Claim, Result, Work
 from virnucpro_core.recipe import Recipe
 from virnucpro_core.sequences.chunks import ChunkRange
 from virnucpro_core.sequences.compression import Compression
@@ -212,7 +215,8 @@ def complete(tx: Connection, claim: Claim, result: Result) -> str:
     )
     if finished.rowcount == 0:
         raise stale(claim)
-    replace_failures(tx, work, result.failures)
+    if extracting:
+        replace_failures(tx, work, result.failures)
     replace_artifacts(tx, work, result.artifacts, result.execution)
     mark_published(tx, result.published, work.generation)
     chunks_left = tx.execute(
@@ -291,13 +295,6 @@ def advance(tx: Connection, job_id: int) -> str:
     return "succeeded"
 
 
-def forget_older_generations(tx: Connection, job_id: int) -> None:
-    """Delete what generations before the one that succeeded left in the ledger; their files go by a sweep."""
-    for table in (tables.Artifact, tables.FailureRow):
-        older = select(tables.Job.generation).where(tables.Job.id == job_id).scalar_subquery()
-        tx.execute(delete(table).where(table.job_id == job_id, table.generation < older))
-
-
 def begin_stage(tx: Connection, job_id: int, stage: str) -> None:
     """Make the one chunk of a stage that covers the whole input, and the message for it."""
     tx.execute(
@@ -372,80 +369,3 @@ def stale(claim: Claim) -> StaleLeaseError:
         where=f"{claim.work.title}, attempt {claim.attempt}, token {claim.token}",
         todo="Nothing needs doing: the chunk is in other hands.",
     )
-
-
-def replace_failures(tx: Connection, work: Work, failures: Sequence[Failure]) -> None:
-    if work.stage != EXTRACT:
-        return
-    tx.execute(
-        text("""DELETE FROM failures WHERE job_id = :job AND generation = :generation
-                   AND record >= :first AND record < :first + :records"""),
-        {
-            "job": work.job_id,
-            "generation": work.generation,
-            "first": work.range.first_record,
-            "records": work.range.records,
-        },
-    )
-    if failures:
-        tx.execute(
-            text("""INSERT INTO failures (job_id, generation, record, record_id, reason, detail)
-                    VALUES (:job, :generation, :record, :id, :reason, :detail)"""),
-            [
-                {
-                    "job": work.job_id,
-                    "generation": work.generation,
-                    "record": failure.record,
-                    "id": failure.id,
-                    "reason": str(failure.reason),
-                    "detail": failure.detail,
-                }
-                for failure in failures
-            ],
-        )
-
-
-def replace_artifacts(
-    tx: Connection, work: Work, artifacts: Sequence[NewArtifact], execution: dict[str, Any] | None
-) -> None:
-    place = {
-        "job": work.job_id,
-        "generation": work.generation,
-        "stage": work.stage,
-        "ordinal": work.range.ordinal,
-    }
-    tx.execute(
-        text("""DELETE FROM artifacts WHERE job_id = :job AND generation = :generation
-                   AND stage = :stage AND ordinal = :ordinal"""),
-        place,
-    )
-    if artifacts:
-        tx.execute(
-            text("""
-                INSERT INTO artifacts (job_id, generation, stage, ordinal, kind, path, sha256, bytes, rows,
-                                       execution)
-                VALUES (:job, :generation, :stage, :ordinal, :kind, :path, :sha256, :bytes, :rows,
-                        CAST(:execution AS jsonb))
-            """),
-            [
-                {
-                    **place,
-                    "kind": artifact.kind,
-                    "path": artifact.path,
-                    "sha256": artifact.sha256,
-                    "bytes": artifact.bytes,
-                    "rows": artifact.rows,
-                    "execution": None if execution is None else json.dumps(execution),
-                }
-                for artifact in artifacts
-            ],
-        )
-
-
-def mark_published(tx: Connection, submissions: Sequence[int], generation: int) -> None:
-    if submissions:
-        tx.execute(
-            text("""UPDATE submissions SET published_generation = :generation, published_at = now()
-                     WHERE id = ANY(:ids)"""),
-            {"generation": generation, "ids": list(submissions)},
-        )
