@@ -52,7 +52,7 @@ class Relay:
         self.celery = celery
         self.stop = stop
         self.ledger: Engine = open_ledger(settings.database_url_for("worker"))
-        self.reaps_from = 0.0
+        self.reap_due = 0.0
 
     def run(self) -> None:
         """Work until told to stop, whatever comes and goes around it."""
@@ -98,7 +98,7 @@ class Relay:
         """Take turns until told to stop or the connection, and with it the lock, is lost."""
         connection.execute(f"LISTEN {OUTBOX_CHANNEL}")
         # If the database was away, no worker could renew its lease: give each the time to.
-        self.reaps_from = time.monotonic() + self.settings.lease_seconds
+        self.reap_due = time.monotonic() + self.settings.lease_seconds
         pause = 0.0
         while not self.stop.is_set():
             try:
@@ -122,8 +122,9 @@ class Relay:
             ServiceError: the database cannot be used.
             BrokerError: the broker cannot be used; nothing counts as published.
         """
-        if time.monotonic() >= self.reaps_from:
+        if time.monotonic() >= self.reap_due:
             reap(self.ledger, self.settings)
+            self.reap_due = time.monotonic() + TURN_SECONDS
         republish = self.settings.republish_seconds
         for state in in_transaction(self.ledger, queue_states, republish_seconds=republish):
             self._fill(state)
