@@ -38,6 +38,8 @@ def report_file(tx: Connection, file: SubmittedFile, allowed_share: float) -> Fi
     if file["job"] is None:
         return {"path": file["path"], "fault": file["refused"], "job": {}}
     job = report_job(tx, file["job"])
+    submissions = [submission for submission in job.submissions if submission.path == file["path"]]
+    submission = max(submissions, key=lambda one: one.submitted_at)
     facts = {
         "id": job.job,
         "generation": job.generation,
@@ -52,7 +54,7 @@ def report_file(tx: Connection, file: SubmittedFile, allowed_share: float) -> Fi
         "tokens_per_second": job.tokens_per_second,
         "model": job.model,
         "demonstration": job.demonstration,
-        "folder": next(wish.folder for wish in job.submissions if wish.path == file["path"]),
+        "folder": submission.folder,
         "results": [
             {"kind": artifact.kind, "rows": artifact.rows, "sha256": artifact.sha256}
             for artifact in artifacts_of(tx, job.job, stage=MERGE)
@@ -63,6 +65,8 @@ def report_file(tx: Connection, file: SubmittedFile, allowed_share: float) -> Fi
         fault = f"job {job.job} {job.state}" + (f": {job.error}" if job.error else "")
     elif job.failed > allowed_share * job.records:
         fault = f"{job.failed} of {job.records} records failed, more than the allowed {allowed_share:.2%}"
+    elif submission.error:
+        fault = f"its nucleotides were not merged: {submission.error}"
     return {"path": file["path"], "fault": fault, "job": facts}
 
 

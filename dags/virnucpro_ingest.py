@@ -72,8 +72,7 @@ PARAMS = {
         default=False,
         type="boolean",
         title="Compute again",
-        description_md="Compute everything anew, even what is done. "
-        "Clearing `register` of such a run does so once more.",
+        description_md="Compute everything anew, even what is done.",
     ),
     "max_failed_share": Param(
         None,
@@ -140,6 +139,8 @@ def register(
                     label="" if params["label"] == "none" else params["label"],
                     max_failed_share=params["max_failed_share"],
                     force=params["force"],
+                    # Airflow may retry this task, and a person may clear it: once is enough for a run.
+                    forced_by=run_id,
                     requested_by=f"virnucpro_ingest {run_id}",
                 )
             except InputError as error:

@@ -62,10 +62,22 @@ def scan(chunks: int = 3, records_each: int = 10, content: str = "a") -> Scanned
 
 
 def register(
-    tx: Connection, scanned: ScannedInput, submission: Submission = SUBMISSION, *, force: bool = False
+    tx: Connection,
+    scanned: ScannedInput,
+    submission: Submission = SUBMISSION,
+    *,
+    force: bool = False,
+    forced_by: str | None = None,
+    model: str = "tiny",
 ) -> Registered:
     return registration.register(
-        tx, scanned=scanned, model="tiny", recipe=RECIPE, submission=submission, force=force
+        tx,
+        scanned=scanned,
+        model=model,
+        recipe=RECIPE,
+        submission=submission,
+        force=force,
+        forced_by=forced_by,
     )
 
 

@@ -9,17 +9,17 @@ from typing import Any
 from sqlalchemy import Connection
 
 from virnucpro_core.ledger.queries import failure_counts, get_job, submissions_of
-from virnucpro_core.ledger.work import result_folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SubmissionReport:
-    """One wish for a job.
+    """One submission of a job.
 
     Attributes:
-        too_many_failed: whether more of the job's records failed than the wish allows.
+        too_many_failed: whether more of the job's records failed than it allows.
         folder: where its result is published, relative to the output root.
         published: whether that has been done in this generation.
+        error: why its nucleotides were not merged.
     """
 
     path: str
@@ -31,6 +31,8 @@ class SubmissionReport:
     too_many_failed: bool
     folder: str
     published: bool
+    error: str | None
+    submitted_at: datetime
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +45,8 @@ class JobReport:
         failures: records without an embedding, by reason, the most frequent first.
         truncated: records that were cut.
         unknown: residues that became <unk>.
-        tokens_per_second: of all workers together while they extracted, each by its own clock; None before.
+        tokens_per_second: of one worker on average: tokens over the seconds of all chunks, which ran side by side
+            on several workers; None before the first chunk is done.
         chunks_left: of the current stage.
         submissions: who asked for it, and with which files.
     """
@@ -112,7 +115,9 @@ def report_job(tx: Connection, job_id: int) -> JobReport:
                 requested_by=submission.requested_by,
                 max_failed_share=submission.max_failed_share,
                 too_many_failed=job.failed > submission.max_failed_share * job.records,
-                folder=result_folder(submission.stem, job.input_sha256, job.recipe_sha256),
+                folder=submission.folder(job.input_sha256, job.recipe_sha256),
+                error=submission.error,
+                submitted_at=submission.submitted_at,
                 published=submission.published_generation == job.generation,
             )
             for submission in submissions_of(tx, job_id)

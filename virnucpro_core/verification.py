@@ -15,7 +15,6 @@ from virnucpro_core.features.manifests import read_manifest
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.queries import ArtifactRow, artifacts_of, find_lost, get_job, submissions_of
 from virnucpro_core.ledger.transitions import VALIDATE
-from virnucpro_core.ledger.work import result_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +129,7 @@ def find_files(tx: Connection, output_root: Path, job_id: int) -> JobFiles:
     for submission in submissions_of(tx, job_id):
         if submission.published_generation != job.generation:
             continue
-        base = f"{result_folder(submission.stem, job.input_sha256, job.recipe_sha256)}/{submission.stem}"
+        base = f"{submission.folder(job.input_sha256, job.recipe_sha256)}/{submission.stem}"
         published[f"{base}.manifest.json"] = recorded
         # A manifest that cannot be read is compared, too, and is the fault to report.
         with suppress(ArtifactError):
@@ -138,8 +137,9 @@ def find_files(tx: Connection, output_root: Path, job_id: int) -> JobFiles:
                 published[str(Path(base).with_name(file.name))] = recorded & {file.sha256}
         if job.failed:
             published[f"{base}.failures.jsonl"] = recorded
-        if submission.nucleotide_path:
-            published[f"{base}_merged.pt"] = recorded
+        if submission.nucleotide_path and not submission.error:
+            name = f"merged_{submission.id}.pt"
+            published[f"{base}_merged.pt"] = {a.sha256 for a in artifacts if a.path.endswith(f"/{name}")}
     return JobFiles(artifacts, published)
 
 

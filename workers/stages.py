@@ -18,8 +18,8 @@ from virnucpro_core.failures import FailureReason
 from virnucpro_core.features.exports import write_export
 from virnucpro_core.features.files import Written, hash_file, new_file
 from virnucpro_core.features.manifests import Counts, Manifest, ResultFile, installed_versions, write_manifest
-from virnucpro_core.features.matrices import Matrix, open_matrix, write_matrix
-from virnucpro_core.features.merging import merge_chunks, merge_features
+from virnucpro_core.features.matrices import open_matrix, write_matrix
+from virnucpro_core.features.merging import Nucleotides, merge_chunks, merge_features, read_nucleotides
 from virnucpro_core.features.validation import validate_export, validate_merged, validate_result
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.queries import (
@@ -32,8 +32,8 @@ from virnucpro_core.ledger.queries import (
     get_job,
     submissions_of,
 )
-from virnucpro_core.ledger.transitions import EXTRACT, MERGE, VALIDATE
-from virnucpro_core.ledger.work import NewArtifact, Result, Work, result_folder
+from virnucpro_core.ledger.transitions import EXTRACT, MATRIX, MERGE, VALIDATE
+from virnucpro_core.ledger.work import NewArtifact, Result, Work
 from virnucpro_core.sequences.fasta import parse_records
 from virnucpro_core.sequences.scan import read_range
 from virnucpro_core.settings import Settings
@@ -44,8 +44,10 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-MATRIX, EXPORT, MERGED, FAILURES, MANIFEST = "matrix", "export", "merged", "failures", "manifest"
-"""Kinds of artifacts."""
+EXPORT, MERGED, FAILURES, MANIFEST = "export", "merged", "failures", "manifest"
+"""Kinds of artifacts, beside MATRIX."""
+
+RESULT_NAME = "result.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,47 +97,77 @@ def keep_extraction(work: Work, extraction: Extraction, settings: Settings) -> O
 def merge(ledger: Engine, work: Work, settings: Settings) -> Outcome:
     """Join a job's chunk artifacts, export them, and join them with the nucleotides that were submitted.
 
+    What an earlier run made and is still sound is kept, so that nucleotides may come when the chunks are gone.
+
     Raises:
         ArtifactError: a chunk artifact is missing or damaged, or a file cannot be written.
-        MismatchError: chunks, or nucleotides and proteins, do not belong together.
-        InputChangedError: a nucleotide file is not the one that was submitted.
+        MismatchError: chunks do not belong together.
     """
     started = time.perf_counter()
+    folder = stage_folder(work, settings)
+    made = in_transaction(ledger, artifacts_of, work.job_id, stage=MERGE)
+    whole = [row for row in made if row.kind in (MATRIX, EXPORT)]
+    sound = {row.kind for row in whole} == {MATRIX, EXPORT} and not find_unsound(whole, settings)
+    artifacts = [as_new(row) for row in whole] if sound else merge_rows(ledger, work, settings)
+    matrix = open_matrix(folder / RESULT_NAME)
+    rejected: dict[int, str] = {}
+    for submission in in_transaction(ledger, submissions_of, work.job_id):
+        if not submission.nucleotide_path:
+            continue
+        try:
+            nucleotides = read_submitted(submission)
+            merged = merge_features(
+                nucleotides,
+                matrix,
+                folder / merged_name(submission),
+                records=work.range.records,
+                data_type=cast("Literal['host', 'viral'] | None", submission.label or None),
+            )
+        except (InputChangedError, MismatchError) as error:
+            # one submission's mistake; the others, and the proteins alone, are fine
+            log.error("nucleotides_rejected", submission=submission.id, reason=str(error))  # noqa: TRY400
+            rejected[submission.id] = str(error)
+        else:
+            artifacts.append(describe_file(merged, MERGED, settings))
+    return Outcome(Result(artifacts=artifacts, seconds=time.perf_counter() - started, rejected=rejected))
+
+
+def merge_rows(ledger: Engine, work: Work, settings: Settings) -> list[NewArtifact]:
+    """Join a job's chunk artifacts into one matrix, and export it."""
+    folder = stage_folder(work, settings)
     root = output_root(settings)
     chunks = in_transaction(ledger, artifacts_of, work.job_id, stage=EXTRACT)
-    folder = stage_folder(work, settings)
-    written = merge_chunks(
-        [(root / chunk.path, chunk.sha256) for chunk in chunks], folder / "result.safetensors"
+    written = merge_chunks([(root / chunk.path, chunk.sha256) for chunk in chunks], folder / RESULT_NAME)
+    exports = write_export(
+        folder / "result.pt", open_matrix(written.path), rows_per_file=settings.export_rows
     )
-    matrix = open_matrix(written.path)
-    artifacts = [describe_file(written, MATRIX, settings)]
-    exports = write_export(folder / "result.pt", matrix, rows_per_file=settings.export_rows)
-    artifacts += [describe_file(export, EXPORT, settings) for export in exports]
-    for submission in in_transaction(ledger, submissions_of, work.job_id):
-        if submission.nucleotide_path:
-            merged = merge_nucleotides(submission, matrix, folder, records=work.range.records)
-            artifacts.append(describe_file(merged, MERGED, settings))
-    return Outcome(Result(artifacts=artifacts, seconds=time.perf_counter() - started))
+    return [
+        describe_file(written, MATRIX, settings),
+        *(describe_file(export, EXPORT, settings) for export in exports),
+    ]
 
 
-def merge_nucleotides(submission: SubmissionRow, matrix: Matrix, folder: Path, *, records: int) -> Written:
+def read_submitted(submission: SubmissionRow) -> Nucleotides:
+    """The nucleotides that came with a submission.
+
+    Raises:
+        InputChangedError: the file is gone, unreadable, or not the one that was submitted.
+    """
     path = Path(submission.nucleotide_path)
     try:
-        sha256 = hash_file(path)
+        if hash_file(path) != submission.nucleotide_sha256:
+            raise InputChangedError(
+                "the nucleotide embeddings were changed after registration",
+                where=str(path),
+                todo="Submit the file again.",
+            )
+        return read_nucleotides(path)
     except ArtifactError as error:
         raise InputChangedError(
-            "the nucleotide embeddings can no longer be read", where=str(path), todo="Submit the file again."
-        ) from error
-    if sha256 != submission.nucleotide_sha256:
-        raise InputChangedError(
-            "the nucleotide embeddings were changed after registration",
+            f"the nucleotide embeddings cannot be used: {error}",
             where=str(path),
-            todo="Submit the file again.",
-        )
-    data_type = cast("Literal['host', 'viral'] | None", submission.label or None)
-    return merge_features(
-        path, matrix, folder / merged_name(submission), records=records, data_type=data_type
-    )
+            todo="Submit a sound file.",
+        ) from error
 
 
 def validate(ledger: Engine, work: Work, settings: Settings) -> Outcome:
@@ -166,7 +198,7 @@ def validate(ledger: Engine, work: Work, settings: Settings) -> Outcome:
         artifacts.append(describe_file(manifest, MANIFEST, settings))
         publications.append(
             Publication(
-                folder=root / result_folder(submission.stem, work.input_sha256, work.recipe.sha256),
+                folder=root / submission.folder(work.input_sha256, work.recipe.sha256),
                 stem=submission.stem,
                 exports=[export.path for export in exports],
                 merged=merged_paths.get(merged_name(submission)),
@@ -277,17 +309,26 @@ def describe_result(
 def find_damaged(ledger: Engine, work: Work, settings: Settings) -> list[int]:
     """Ids of the artifacts that a stage takes in and whose bytes are not those that were recorded."""
     taken = {MERGE: EXTRACT, VALIDATE: MERGE}.get(work.stage)
-    damaged = []
-    for row in in_transaction(ledger, artifacts_of, work.job_id, stage=taken) if taken else ():
+    return (
+        find_unsound(in_transaction(ledger, artifacts_of, work.job_id, stage=taken), settings)
+        if taken
+        else []
+    )
+
+
+def find_unsound(artifacts: Sequence[ArtifactRow], settings: Settings) -> list[int]:
+    """Ids of the artifacts whose bytes are gone or are not those that were recorded."""
+    unsound = []
+    for row in artifacts:
         try:
             sound = hash_file(output_root(settings) / row.path) == row.sha256
         except ArtifactError as error:
             log.warning("artifact_unreadable", reason=str(error))
             sound = False
         if not sound:
-            log.warning("artifact_damaged", job=work.job_id, artifact=row.id, path=row.path)
-            damaged.append(row.id)
-    return damaged
+            log.warning("artifact_damaged", artifact=row.id, path=row.path)
+            unsound.append(row.id)
+    return unsound
 
 
 def output_root(settings: Settings) -> Path:
@@ -305,6 +346,10 @@ def merged_name(submission: SubmissionRow) -> str:
 def describe_file(written: Written, kind: str, settings: Settings) -> NewArtifact:
     path = written.path.relative_to(output_root(settings)).as_posix()
     return NewArtifact(kind=kind, path=path, sha256=written.sha256, bytes=written.bytes, rows=written.rows)
+
+
+def as_new(row: ArtifactRow) -> NewArtifact:
+    return NewArtifact(kind=row.kind, path=row.path, sha256=row.sha256, bytes=row.bytes, rows=row.rows)
 
 
 def as_written(row: ArtifactRow, root: Path) -> Written:

@@ -147,6 +147,7 @@ def upgrade() -> None:
         sa.Column("execution_class", sa.Text(), nullable=True),
         sa.Column("execution", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
         sa.Column("error", sa.Text(), nullable=True),
+        sa.Column("forced_by", sa.Text(), nullable=True),
         sa.Column(
             "created_at", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False
         ),
@@ -302,6 +303,7 @@ def upgrade() -> None:
             server_default=sa.text("now()"),
             nullable=False,
         ),
+        sa.Column("error", sa.Text(), nullable=True),
         sa.Column("published_generation", sa.BigInteger(), nullable=True),
         sa.Column("published_at", postgresql.TIMESTAMP(timezone=True), nullable=True),
         sa.CheckConstraint("label IN ('', 'host', 'viral')", name=op.f("ck_submissions_label_known")),

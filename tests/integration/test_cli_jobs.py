@@ -15,7 +15,8 @@ import torch
 
 from tests import ledger_jobs
 from virnucpro_core.ledger.database import in_transaction
-from virnucpro_core.ledger.work import result_folder
+from virnucpro_core.ledger.jobs import cancel
+from virnucpro_core.ledger.queries import submissions_of
 
 if TYPE_CHECKING:
     from tests.fixtures_command import Completed
@@ -84,6 +85,22 @@ def test_a_bad_file_does_not_keep_others_from_being_submitted(
     assert ended.code == 3
     assert str(missing) in ended.err
     assert [told["file"] for told in json.loads(ended.out)] == [str(small_fasta)]
+
+
+def test_a_bad_file_does_not_hide_what_became_of_the_others(
+    pipeline: Pipeline, virnucpro: Command, small_fasta: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cancel_all(_: float) -> None:
+        for job in pipeline.rows("SELECT id FROM jobs"):
+            in_transaction(pipeline.ledger, cancel, job.id, by="somebody")
+
+    monkeypatch.setattr("virnucpro_core.cli.submissions.time.sleep", cancel_all)
+    missing = small_fasta.with_name("missing.fasta")
+    ended = virnucpro("submit", missing, small_fasta, "--model", MODEL, "--wait")
+    assert ended.code == 3
+    assert str(missing) in ended.err
+    assert "cancelled" in ended.err
+    assert virnucpro("submit", small_fasta, "--model", MODEL, "--wait").code == 1
 
 
 def test_label_and_nucleotides_reach_the_submission(
@@ -239,10 +256,12 @@ def test_job_from_submission_to_repair(
     report = virnucpro("status", job).out
     assert "1 empty, 1 invalid_residue (16.67%)" in report
     assert "RANDOM" in report
+    assert "tokens/s per worker:" in report
 
     row = pipeline.job(job)
     root = pipeline.settings.output_root
-    folder = root / result_folder(row.stem, row.input_sha256, row.recipe_sha256)
+    submission = in_transaction(pipeline.ledger, submissions_of, job)[-1]
+    folder = root / submission.folder(row.input_sha256, row.recipe_sha256)
     verified = virnucpro("verify", job, "--json").json()
     artifacts = pipeline.rows("SELECT path, stage FROM artifacts ORDER BY id")
     published = sorted(path.name for path in folder.iterdir())

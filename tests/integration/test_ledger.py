@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, Engine, text
@@ -14,7 +16,9 @@ from virnucpro_core.errors import JobError, StaleLeaseError, WeightsError
 from virnucpro_core.ledger import queries, registration, transitions, waiters, workers
 from virnucpro_core.ledger.database import in_transaction, open_ledger
 from virnucpro_core.ledger.jobs import cancel, resume
+from virnucpro_core.ledger.outbox import take_due
 from virnucpro_core.ledger.transitions import Declined
+from virnucpro_core.ledger.work import Resumed
 from virnucpro_core.stack.postgres import LedgerUrls
 
 pytestmark = pytest.mark.integration
@@ -97,6 +101,41 @@ def test_a_worker_of_another_execution_class_is_declined(tx: Connection) -> None
     assert isinstance(other, Declined)
     assert "execution class" in other.reason
     assert second in outbox_chunks(tx)
+
+
+def test_a_declined_claim_pins_nothing(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    gone, live = jobs.start_worker(tx, "gone"), jobs.start_worker(tx, "live")
+    workers.retire_worker(tx, gone)
+    chunk = jobs.pending_chunks(tx, job_id)[0]
+    work = transitions.describe(tx, chunk)
+    assert not isinstance(work, Declined)
+    declined = transitions.claim(tx, work, gone, execution_class="class of the gone", execution={})
+    assert declined == Declined(chunk, "this worker is no longer live")
+    jobs.claim(tx, chunk, live, "class one")
+
+
+def test_cancel_waits_for_a_claim_in_flight_and_fences_it_off(ledger: Engine) -> None:
+    in_transaction(ledger, jobs.add_model)
+    job_id = in_transaction(ledger, jobs.register, jobs.scan()).job_id
+    worker = in_transaction(ledger, jobs.start_worker)
+    chunk = in_transaction(ledger, jobs.pending_chunks, job_id)[0]
+    with ThreadPoolExecutor(1) as other, ledger.begin() as tx:
+        claimed = jobs.claim(tx, chunk, worker)
+        cancelled = other.submit(in_transaction, ledger, cancel, job_id, by="a person")
+        wait_for_lock(ledger)
+        tx.commit()
+        cancelled.result()
+    with pytest.raises(StaleLeaseError):
+        in_transaction(ledger, transitions.complete, claimed, jobs.result_of(claimed))
+    assert in_transaction(ledger, outbox_chunks) == []
+
+
+def wait_for_lock(ledger: Engine) -> None:
+    """Return when some transaction waits for another."""
+    with ledger.connect() as tx:
+        while not tx.execute(text("SELECT 1 FROM pg_locks WHERE NOT granted")).first():
+            pass
 
 
 def test_a_sleeper_cannot_commit_after_its_lease_expired(tx: Connection) -> None:
@@ -200,6 +239,22 @@ def test_a_chunk_whose_workers_keep_dying_fails(tx: Connection) -> None:
     assert state_of(tx, job_id) == "failed"
 
 
+def test_messages_of_a_failed_job_do_not_hold_up_others(tx: Connection) -> None:
+    broken = jobs.register(tx, jobs.scan(chunks=5)).job_id
+    worker = jobs.start_worker(tx)
+    assert len(take_due(tx, "extract", 2)) == 2
+    claimed = jobs.claim(tx, jobs.pending_chunks(tx, broken)[0], worker)
+    held = jobs.claim(tx, jobs.pending_chunks(tx, broken)[0], worker)
+    transitions.fail(tx, claimed, "the input has changed", max_attempts=9, permanent=True)
+    assert outbox_chunks(tx) == []
+    transitions.fail(tx, held, "bad luck", max_attempts=9)
+    assert outbox_chunks(tx) == [], "a chunk of an ended job was sent"
+    healthy = jobs.register(tx, jobs.scan(chunks=1, content="b")).job_id
+    [message] = take_due(tx, "extract", 2)
+    assert message.chunk_id == jobs.pending_chunks(tx, healthy)[0]
+    assert resume(tx, broken).waiting == 5
+
+
 def test_resume_redoes_only_what_storage_lost(tx: Connection) -> None:
     job_id = jobs.register(tx, jobs.scan(chunks=3)).job_id
     worker = jobs.start_worker(tx)
@@ -230,13 +285,47 @@ def test_losing_the_merged_result_redoes_the_merge_alone(tx: Connection) -> None
     assert queries.get_job(tx, job_id).stage == "merge"
 
 
-def test_losing_the_merge_after_chunks_were_cleaned_up_redoes_them_too(tx: Connection) -> None:
+def lose(tx: Connection, job_id: int, *kinds: str) -> Resumed:
+    """Lose the merge stage's files of these kinds."""
+    lost = [row.id for row in queries.artifacts_of(tx, job_id, stage="merge") if row.kind in kinds]
+    assert len(lost) == len(kinds)
+    return resume(tx, job_id, lost)
+
+
+def finish_with_export(tx: Connection) -> int:
+    """A job that succeeded, whose chunk artifacts have been removed."""
     job_id = jobs.register(tx, jobs.scan(chunks=3)).job_id
     jobs.run_job(tx, job_id, jobs.start_worker(tx))
+    tx.execute(
+        text("""INSERT INTO artifacts (job_id, generation, stage, ordinal, kind, path, sha256, bytes, rows)
+                SELECT job_id, generation, stage, ordinal, 'export', 'result.pt', sha256, bytes, rows
+                  FROM artifacts WHERE stage = 'merge'""")
+    )
     tx.execute(text("DELETE FROM artifacts WHERE stage = 'extract'"))
-    assert resume(tx, job_id).lost == 0
-    lost = [row.id for row in queries.artifacts_of(tx, job_id, stage="merge")]
-    assert resume(tx, job_id, lost).lost == 3
+    return job_id
+
+
+def test_an_export_is_made_again_from_the_matrix_without_the_chunks(tx: Connection) -> None:
+    job_id = finish_with_export(tx)
+    resumed = lose(tx, job_id, "export")
+    assert (resumed.lost, queries.get_job(tx, job_id).stage) == (0, "merge")
+    assert [row.kind for row in queries.artifacts_of(tx, job_id, stage="merge")] == ["matrix"]
+
+
+def test_losing_the_matrix_after_chunks_were_removed_computes_them_again(tx: Connection) -> None:
+    assert lose(tx, finish_with_export(tx), "matrix").lost == 3
+
+
+def test_losing_what_validate_made_repeats_validate_alone(tx: Connection) -> None:
+    job_id = finish_with_export(tx)
+    tx.execute(
+        text("""INSERT INTO artifacts (job_id, generation, stage, ordinal, kind, path, sha256, bytes, rows)
+                SELECT job_id, generation, 'validate', 0, 'manifest', 'manifest.json', sha256, bytes, 1
+                  FROM artifacts WHERE kind = 'export'""")
+    )
+    lost = [row.id for row in queries.artifacts_of(tx, job_id, stage="validate")]
+    assert resume(tx, job_id, lost).lost == 0
+    assert queries.get_job(tx, job_id).stage == "validate"
 
 
 def test_resume_during_a_later_stage_fences_off_whoever_runs_it(tx: Connection) -> None:
@@ -282,6 +371,68 @@ def test_late_nucleotides_bring_the_merge_back(tx: Connection) -> None:
     nucleotides = replace(jobs.SUBMISSION, nucleotide_path="/in/a_DNABERT_S.pt", nucleotide_sha256="c" * 64)
     jobs.register(tx, jobs.scan(), nucleotides)
     assert queries.get_job(tx, job_id).stage == "merge"
+
+
+@pytest.mark.parametrize("end", ["failed", "cancelled"])
+def test_nucleotides_for_a_job_that_ended_at_validate_are_merged(tx: Connection, end: str) -> None:
+    job_id = jobs.register(tx, jobs.scan(chunks=1)).job_id
+    worker = jobs.start_worker(tx)
+    for _ in ("extract", "merge"):
+        claimed = jobs.claim(tx, jobs.pending_chunks(tx, job_id)[0], worker)
+        transitions.complete(tx, claimed, jobs.result_of(claimed))
+    claimed = jobs.claim(tx, jobs.pending_chunks(tx, job_id)[0], worker)
+    if end == "failed":
+        transitions.fail(tx, claimed, "bad luck", max_attempts=1)
+    else:
+        cancel(tx, job_id, by="a person")
+    nucleotides = replace(jobs.SUBMISSION, nucleotide_path="/in/a_DNABERT_S.pt", nucleotide_sha256="c" * 64)
+    jobs.register(tx, jobs.scan(chunks=1), nucleotides)
+    assert queries.get_job(tx, job_id).stage == "merge"
+
+
+def test_rejected_nucleotides_are_noted_with_their_submission_alone(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan(chunks=1)).job_id
+    bad = replace(jobs.SUBMISSION, nucleotide_path="/in/bad.pt", nucleotide_sha256="c" * 64)
+    jobs.register(tx, jobs.scan(chunks=1), bad)
+    worker = jobs.start_worker(tx)
+    extract = jobs.claim(tx, jobs.pending_chunks(tx, job_id)[0], worker)
+    transitions.complete(tx, extract, jobs.result_of(extract))
+    merge = jobs.claim(tx, jobs.pending_chunks(tx, job_id)[0], worker)
+    rejected = queries.submissions_of(tx, job_id)[1].id
+    transitions.complete(tx, merge, replace(jobs.result_of(merge), rejected={rejected: "ids do not match"}))
+    assert [row.error for row in queries.submissions_of(tx, job_id)] == [None, "ids do not match"]
+    jobs.run_job(tx, job_id, worker)
+    assert state_of(tx, job_id) == "succeeded"
+    jobs.register(tx, jobs.scan(chunks=1), replace(bad, nucleotide_sha256="d" * 64))
+    assert [row.error for row in queries.submissions_of(tx, job_id)] == [None, None]
+    assert queries.get_job(tx, job_id).stage == "merge"
+
+
+def test_one_run_forces_once_however_often_it_registers(tx: Connection) -> None:
+    jobs.register(tx, jobs.scan())
+    assert jobs.register(tx, jobs.scan(), force=True, forced_by="run 1").generation == 2
+    assert jobs.register(tx, jobs.scan(), force=True, forced_by="run 1").generation == 2
+    assert jobs.register(tx, jobs.scan(), force=True, forced_by="run 2").generation == 3
+    assert jobs.register(tx, jobs.scan(), force=True).generation == 4
+
+
+def test_a_running_job_goes_on_reading_where_it_began(tx: Connection, tmp_path: Path) -> None:
+    original, copy = tmp_path / "a.fasta", tmp_path / "copy.fasta"
+    for path in (original, copy):
+        path.write_bytes(b">a\nM\n")
+    job_id = jobs.register(tx, replace(jobs.scan(), location=str(original))).job_id
+    jobs.register(tx, replace(jobs.scan(), location=str(copy)))
+    assert queries.get_job(tx, job_id).location == str(original)
+    original.unlink()
+    jobs.register(tx, replace(jobs.scan(), location=str(copy)))
+    assert queries.get_job(tx, job_id).location == str(copy)
+
+
+def test_a_job_takes_its_weights_from_the_name_that_was_given_last(tx: Connection) -> None:
+    jobs.add_model(tx, "other")
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    jobs.register(tx, jobs.scan(), model="other")
+    assert queries.get_job(tx, job_id).model == "other"
 
 
 def test_a_submission_during_extract_changes_nothing_of_the_run(tx: Connection) -> None:

@@ -15,7 +15,9 @@ import torch
 
 from virnucpro_core.features.exports import read_pt
 from virnucpro_core.features.manifests import find_faults, read_manifest
-from virnucpro_core.ledger.work import result_folder
+from virnucpro_core.ledger.database import in_transaction
+from virnucpro_core.ledger.queries import submissions_of
+from virnucpro_core.ledger.retention import remove_chunks
 from virnucpro_core.settings import load_settings
 from workers.app import make_app
 
@@ -36,10 +38,11 @@ IDS = [
 ]
 
 
-def published(pipeline: Pipeline, job_id: int) -> Path:
-    """The folder that a job's result was published in."""
+def published(pipeline: Pipeline, job_id: int, submission: int = 0) -> Path:
+    """The folder that a job's result was published in for one of its submissions."""
     job = pipeline.job(job_id)
-    return pipeline.settings.output_root / result_folder(job.stem, job.input_sha256, job.recipe_sha256)
+    submissions = in_transaction(pipeline.ledger, submissions_of, job_id)
+    return pipeline.settings.output_root / submissions[submission].folder(job.input_sha256, job.recipe_sha256)
 
 
 def test_registered_file_is_extracted_merged_validated_and_published(
@@ -111,13 +114,44 @@ def test_forced_generation_replaces_the_result_and_merges_nucleotides(
         assert reader.read() == first
     assert (job.state, job.generation) == ("succeeded", 2)
     assert export.read_bytes() == first
-    merged = torch.load(folder / "small_merged.pt", weights_only=True)
+    merged = torch.load(published(pipeline, job.id, 1) / "small_merged.pt", weights_only=True)
     assert merged["ids"] == IDS
     assert merged["labels"] == [1]
     assert merged["data"].shape == (len(IDS), 2048)
     assert merged["data"][:, 0].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
     generations = pipeline.settings.output_root / "jobs" / f"{job.id:08d}"
     pipeline.wait_until(lambda: [path.name for path in generations.iterdir()] == ["g2"])
+
+
+def test_late_nucleotides_need_no_chunks_and_wrong_ones_harm_nobody(
+    pipeline: Pipeline, small_fasta: Path, nucleotides: Path, tmp_path: Path
+) -> None:
+    pipeline.start_relay()
+    pipeline.start_workers()
+    job_id = pipeline.submit(small_fasta).job_id
+    pipeline.wait_for(job_id)
+    first = (published(pipeline, job_id) / "small_ESM.pt").read_bytes()
+    assert in_transaction(pipeline.ledger, remove_chunks, job_id, pipeline.settings.output_root) > 3
+    ran = pipeline.rows("SELECT id, claimed_at FROM chunks WHERE stage = 'extract' ORDER BY id")
+
+    wrong = tmp_path / "wrong_DNABERT_S.pt"
+    entries = [{"label": "x", "mean_representation": [0.0] * 768}]
+    torch.save({"nucleotide": ["x"], "data": entries}, wrong)
+    pipeline.submit(small_fasta, nucleotides=wrong)
+    pipeline.submit(small_fasta, nucleotides=nucleotides, label="host")
+    pipeline.submit(small_fasta, nucleotides=nucleotides, label="viral")
+    job = pipeline.wait_for(job_id)
+    assert (job.state, job.generation) == ("succeeded", 1)
+    assert pipeline.rows("SELECT id, claimed_at FROM chunks WHERE stage = 'extract' ORDER BY id") == ran
+    errors = [row.error for row in in_transaction(pipeline.ledger, submissions_of, job_id)]
+    assert [error is None for error in errors] == [True, False, True, True]
+    assert "the two sides do not match" in str(errors[1])
+    folders = [published(pipeline, job_id, k) for k in range(4)]
+    assert len(set(folders)) == 4
+    assert all((folder / "small_ESM.pt").read_bytes() == first for folder in folders)
+    labels = [torch.load(folder / "small_merged.pt", weights_only=True)["labels"] for folder in folders[2:]]
+    assert labels == [[0], [1]]
+    assert not (folders[1] / "small_merged.pt").exists()
 
 
 def test_messages_are_hints(pipeline: Pipeline, small_fasta: Path) -> None:

@@ -19,7 +19,7 @@ from virnucpro_core.errors import ArtifactError, MismatchError, SettingsError
 from virnucpro_core.features.exports import write_pt
 from virnucpro_core.features.files import hash_file
 from virnucpro_core.features.matrices import Matrix, open_matrix, write_matrix
-from virnucpro_core.features.merging import merge_chunks, merge_data, merge_features
+from virnucpro_core.features.merging import merge_chunks, merge_data, merge_features, read_nucleotides
 
 pytestmark = pytest.mark.unit
 
@@ -290,7 +290,7 @@ def test_nucleotides_meet_the_embeddings_of_their_records(tmp_path: Path, rows: 
     nucleotides = make_rows(4, 768)
     kept = {"of all records": [0, 1, 2, 3], "of embeddings": [0, 2, 3]}.get(rows, [3, 0, 2])
     path = write_nucleotides(tmp_path / "n.pt", [all_ids[row] for row in kept], nucleotides[kept])
-    merge_features(path, matrix, tmp_path / "x_merged.pt", records=4, data_type="viral")
+    merge_features(read_nucleotides(path), matrix, tmp_path / "x_merged.pt", records=4, data_type="viral")
     ids, merged = load_merged(tmp_path / "x_merged.pt")
     assert ids == ["a", "b", "c"]
     np.testing.assert_array_equal(merged[:, :768], nucleotides[[0, 2, 3]])
@@ -301,4 +301,4 @@ def test_nucleotides_of_another_input_are_refused(tmp_path: Path) -> None:
     matrix = make_matrix(tmp_path / "m", [1, 3], ["a", "c"])
     path = write_nucleotides(tmp_path / "n.pt", ["a", "b", "x"], make_rows(3, 768))
     with pytest.raises(MismatchError, match="protein row 2, 'c', has no nucleotide row"):
-        merge_features(path, matrix, tmp_path / "x_merged.pt", records=3)
+        merge_features(read_nucleotides(path), matrix, tmp_path / "x_merged.pt", records=3)

@@ -124,7 +124,7 @@ def merge_data(
 
 
 def merge_features(
-    nucleotide_file: Path,
+    nucleotides: Nucleotides,
     matrix: Matrix,
     merged_file: Path,
     *,
@@ -134,8 +134,8 @@ def merge_features(
     """As `merge_data`, from a job's merged matrix and in its order, the input's.
 
     Args:
-        nucleotide_file: a `*_DNABERT_S.pt` file with one entry per record of the input, in its order (those
-            of records without a protein embedding are left out), or with one per embedding.
+        nucleotides: one row per record of the input, in its order (those of records without a protein
+            embedding are left out), or one per embedding.
         matrix: the job's protein embeddings.
         merged_file: the file to write.
         records: records in the input.
@@ -144,7 +144,6 @@ def merge_features(
     Raises:
         MismatchError, ArtifactError, SettingsError: as for `merge_data`.
     """
-    nucleotides = read_nucleotides(nucleotide_file)
     if len(nucleotides.ids) == records:
         nucleotides = nucleotides.select(matrix.records - 1)
     order = _pair(matrix.ids(), nucleotides.ids, ("protein", "nucleotide"), nucleotides.path)

@@ -9,13 +9,15 @@ from sqlalchemy import Connection, text
 from virnucpro_core.errors import JobError
 from virnucpro_core.ledger.transitions import (
     EXTRACT,
+    MATRIX,
     MERGE,
     VALIDATE,
     advance,
-    forget_stages,
+    forget_chunks,
     lock_job,
     restart_from,
     wake_relay,
+    withdraw_messages,
 )
 from virnucpro_core.ledger.work import Resumed
 from virnucpro_core.sequences.chunks import ChunkRange
@@ -63,7 +65,9 @@ def enqueue_pending(tx: Connection, job_id: int) -> None:
     wake_relay(tx)
 
 
-def begin_generation(tx: Connection, job_id: int, chunks: Sequence[ChunkRange]) -> None:
+def begin_generation(
+    tx: Connection, job_id: int, chunks: Sequence[ChunkRange], *, forced_by: str | None = None
+) -> None:
     """Compute a job anew. Leases and files of older generations are fenced off, not touched."""
     tx.execute(text("DELETE FROM chunks WHERE job_id = :job"), {"job": job_id})
     tx.execute(
@@ -71,10 +75,11 @@ def begin_generation(tx: Connection, job_id: int, chunks: Sequence[ChunkRange]) 
             UPDATE jobs
                SET generation = generation + 1, state = 'running', stage = :stage, chunks_total = :chunks,
                    chunks_left = :chunks, embeddings = 0, failed = 0, truncated = 0, unknown = 0, tokens = 0,
-                   seconds = 0, execution_class = NULL, execution = NULL, error = NULL, finished_at = NULL
+                   seconds = 0, execution_class = NULL, execution = NULL, error = NULL, finished_at = NULL,
+                   forced_by = :forced_by
              WHERE id = :job
         """),
-        {"job": job_id, "stage": EXTRACT, "chunks": len(chunks)},
+        {"job": job_id, "stage": EXTRACT, "chunks": len(chunks), "forced_by": forced_by},
     )
     enter_chunks(tx, job_id, chunks)
 
@@ -112,13 +117,44 @@ def resume(tx: Connection, job_id: int, lost: Sequence[int] = ()) -> Resumed:
         """),
         {"job": job_id},
     )
-    reset = reset_lost_chunks(tx, job_id) if stages_lost else 0
-    if stages_lost and not reset:
-        restart_from(tx, job_id, MERGE)
+    reset = 0
+    if EXTRACT in stages_lost or (MERGE in stages_lost and not is_merged(tx, job_id)):
+        reset = reset_lost_chunks(tx, job_id)
+    if not reset and stages_lost:
+        redo(tx, job_id, MERGE if MERGE in stages_lost else VALIDATE)
     elif job.state in ("failed", "cancelled") and not reset and job.chunks_left == 0:
         advance(tx, job_id)
     enqueue_pending(tx, job_id)
     return count_work(tx, job_id, reset)
+
+
+def is_merged(tx: Connection, job_id: int) -> bool:
+    """Whether the merged matrix of the current generation is there, from which all other results can be made."""
+    return (
+        tx.execute(
+            text("""
+                SELECT 1 FROM artifacts a JOIN jobs j ON j.id = a.job_id AND j.generation = a.generation
+                 WHERE j.id = :job AND a.stage = :stage AND a.kind = :kind
+            """),
+            {"job": job_id, "stage": MERGE, "kind": MATRIX},
+        ).first()
+        is not None
+    )
+
+
+def redo(tx: Connection, job_id: int, stage: str) -> bool:
+    """Begin a stage anew if the job has reached it; a job that has not will come to it anyway."""
+    reached = tx.execute(
+        text("""
+            SELECT 1 FROM jobs j JOIN stages now ON now.name = j.stage JOIN stages s ON s.name = :stage
+             WHERE j.id = :job AND s.position <= now.position
+        """),
+        {"job": job_id, "stage": stage},
+    ).first()
+    if reached is None:
+        return False
+    restart_from(tx, job_id, stage)
+    return True
 
 
 def count_work(tx: Connection, job_id: int, lost: int) -> Resumed:
@@ -152,7 +188,13 @@ def reset_lost_chunks(tx: Connection, job_id: int) -> int:
     ).all()
     if not lost:
         return 0
-    forget_stages(tx, job_id, MERGE)
+    forget_chunks(tx, job_id, MERGE)
+    tx.execute(
+        text("""
+            DELETE FROM artifacts WHERE job_id = :job AND generation = :generation AND stage <> :extract
+        """),
+        {"job": job_id, "generation": job.generation, "extract": EXTRACT},
+    )
     tx.execute(
         text("""
             DELETE FROM failures
@@ -196,29 +238,17 @@ def reset_lost_chunks(tx: Connection, job_id: int) -> int:
 
 
 def serve_late_submission(tx: Connection, job_id: int) -> None:
-    """Run again the stages that a submission came too late for: merge for nucleotides, else validate."""
+    """Run again the stage that a submission came too late for: merge for nucleotides, else validate."""
     job = lock_job(tx, job_id)
-    needed = tx.execute(
+    brings_nucleotides: bool | None = tx.execute(
         text("""
-            SELECT s.name FROM stages s
-             WHERE s.name = (SELECT CASE WHEN bool_or(nucleotide_path <> '') THEN :merge ELSE :validate END
-                               FROM submissions
-                              WHERE job_id = :job AND published_generation IS DISTINCT FROM :generation)
-               AND (:state = 'succeeded' OR s.position <= (SELECT position FROM stages WHERE name = :stage))
+            SELECT bool_or(nucleotide_path <> '') FROM submissions
+             WHERE job_id = :job AND published_generation IS DISTINCT FROM :generation
         """),
-        {
-            "job": job_id,
-            "generation": job.generation,
-            "state": job.state,
-            "stage": job.stage,
-            "merge": MERGE,
-            "validate": VALIDATE,
-        },
-    ).scalar_one_or_none()
-    if needed == MERGE and reset_lost_chunks(tx, job_id):
-        enqueue_pending(tx, job_id)
-    elif needed is not None:
-        restart_from(tx, job_id, needed)
+        {"job": job_id, "generation": job.generation},
+    ).scalar_one()
+    if brings_nucleotides is not None:
+        redo(tx, job_id, MERGE if brings_nucleotides else VALIDATE)
 
 
 def cancel(tx: Connection, job_id: int, *, by: str) -> None:
@@ -240,7 +270,4 @@ def cancel(tx: Connection, job_id: int, *, by: str) -> None:
         """),
         {"job": job_id, "error": f"cancelled by {by}"},
     )
-    tx.execute(
-        text("DELETE FROM outbox o USING chunks c WHERE c.id = o.chunk_id AND c.job_id = :job"),
-        {"job": job_id},
-    )
+    withdraw_messages(tx, job_id)

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Row, text
 
 from virnucpro_core.errors import JobError
 from virnucpro_core.failures import Failure, FailureReason
+from virnucpro_core.ledger.work import result_folder
 from virnucpro_core.sequences.chunks import ChunkRange
 
 PROGRESS = text("""
@@ -110,7 +111,7 @@ def find_lost(artifacts: Sequence[ArtifactRow], output_root: Path) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class SubmissionRow:
-    """A wish for a job, and whether it has been served in the current generation."""
+    """A submission, and whether it has been served in the current generation."""
 
     id: int
     path: str
@@ -122,18 +123,41 @@ class SubmissionRow:
     max_failed_share: float
     submitted_at: datetime
     published_generation: int | None
+    error: str | None
+
+    def folder(self, input_sha256: str, recipe_sha256: str) -> str:
+        """Where its result is published, relative to the output root."""
+        return result_folder(
+            self.stem,
+            input_sha256,
+            recipe_sha256,
+            label=self.label,
+            nucleotide_sha256=self.nucleotide_sha256,
+        )
 
 
 def submissions_of(tx: Connection, job_id: int) -> list[SubmissionRow]:
     rows = tx.execute(
         text("""
             SELECT id, path, stem, label, nucleotide_path, nucleotide_sha256, requested_by, max_failed_share,
-                   submitted_at, published_generation
+                   submitted_at, published_generation, error
               FROM submissions WHERE job_id = :job ORDER BY id
         """),
         {"job": job_id},
     )
     return [SubmissionRow(*row) for row in rows]
+
+
+def find_submission(tx: Connection, job_id: int, path: str) -> SubmissionRow:
+    """The newest submission of a file for a job.
+
+    Raises:
+        JobError: nobody submitted that file for the job.
+    """
+    found = [row for row in submissions_of(tx, job_id) if row.path == path]
+    if not found:
+        raise JobError(f"job {job_id} was not asked for this file", where=path, todo="Submit it.")
+    return max(found, key=lambda row: row.submitted_at)
 
 
 def chunk_ranges(tx: Connection, job_id: int) -> list[ChunkRange]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, text
@@ -94,11 +95,15 @@ def register(
     recipe: Recipe,
     submission: Submission,
     force: bool = False,
+    forced_by: str | None = None,
 ) -> Registered:
     """Enter an input, its job and a submission for it. Doing it twice changes nothing.
 
     A job that failed or was cancelled goes on with what is missing. `force` begins a new generation:
     everything is computed again, and the published result stays until the new one replaces it.
+
+    Args:
+        forced_by: who forces, if that must count once only (a DAG run, whose tasks may be retried).
     """
     if not scanned.chunks:
         raise ValueError("a scanned input has at least one chunk")
@@ -123,23 +128,39 @@ def register(
     created = job_id is not None
     if job_id is None:
         job_id = tx.execute(
-            text("SELECT id FROM jobs WHERE input_sha256 = :input AND recipe_sha256 = :recipe"),
-            {"input": scanned.sha256, "recipe": recipe.sha256},
+            # the same weights under another name, which may be the one that is still there
+            text("""
+                UPDATE jobs SET model = :model WHERE input_sha256 = :input AND recipe_sha256 = :recipe
+                RETURNING id
+            """),
+            {"input": scanned.sha256, "recipe": recipe.sha256, "model": model},
         ).scalar_one()
     job = lock_job(tx, job_id)
     is_news = enter_submission(tx, job_id, submission)
     if created:
         enter_chunks(tx, job_id, scanned.chunks)
-    elif force:
-        begin_generation(tx, job_id, scanned.chunks)
-    elif job.state in ("failed", "cancelled"):
-        resume(tx, job_id)
-    elif is_news:
-        serve_late_submission(tx, job_id)
+    elif force and (forced_by is None or job.forced_by != forced_by):
+        begin_generation(tx, job_id, scanned.chunks, forced_by=forced_by)
+    else:
+        if job.state in ("failed", "cancelled"):
+            resume(tx, job_id)
+        if is_news:
+            serve_late_submission(tx, job_id)
     return Registered(job_id=job_id, generation=lock_job(tx, job_id).generation, created=created)
 
 
 def enter_input(tx: Connection, scanned: ScannedInput) -> None:
+    """Enter an input, or where it lies now: a job that runs goes on reading where it began, if it still can."""
+    known = tx.execute(
+        text("""
+            SELECT location FROM inputs
+             WHERE sha256 = :sha256
+               AND EXISTS (SELECT 1 FROM jobs WHERE input_sha256 = :sha256 AND state = 'running')
+        """),
+        {"sha256": scanned.sha256},
+    ).scalar_one_or_none()
+    if known is not None and Path(known).is_file():
+        return
     tx.execute(
         text("""
             INSERT INTO inputs (sha256, size, compression, location, records, residues)
@@ -159,7 +180,7 @@ def enter_input(tx: Connection, scanned: ScannedInput) -> None:
 
 def enter_submission(tx: Connection, job_id: int, submission: Submission) -> bool:
     """Returns whether the submission asks for something that has not been asked for before."""
-    wish = {
+    row = {
         "job": job_id,
         "path": submission.path,
         "stem": submission.stem,
@@ -174,7 +195,7 @@ def enter_submission(tx: Connection, job_id: int, submission: Submission) -> boo
             SELECT nucleotide_sha256 FROM submissions
              WHERE job_id = :job AND path = :path AND label = :label AND nucleotide_path = :nucleotide_path
         """),
-        wish,
+        row,
     ).one_or_none()
     if known is not None and known.nucleotide_sha256 == submission.nucleotide_sha256:
         tx.execute(
@@ -182,7 +203,7 @@ def enter_submission(tx: Connection, job_id: int, submission: Submission) -> boo
                 UPDATE submissions SET requested_by = :requested_by, max_failed_share = :share, submitted_at = now()
                  WHERE job_id = :job AND path = :path AND label = :label AND nucleotide_path = :nucleotide_path
             """),
-            wish,
+            row,
         )
         return False
     tx.execute(
@@ -192,9 +213,9 @@ def enter_submission(tx: Connection, job_id: int, submission: Submission) -> boo
             VALUES (:job, :path, :stem, :label, :nucleotide_path, :nucleotide_sha256, :requested_by, :share)
             ON CONFLICT (job_id, path, label, nucleotide_path) DO UPDATE
                SET nucleotide_sha256 = excluded.nucleotide_sha256, requested_by = excluded.requested_by,
-                   max_failed_share = excluded.max_failed_share, submitted_at = now(),
+                   max_failed_share = excluded.max_failed_share, submitted_at = now(), error = NULL,
                    published_at = NULL, published_generation = NULL
         """),
-        wish,
+        row,
     )
     return True

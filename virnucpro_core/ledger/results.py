@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, delete, select, text
@@ -78,6 +78,16 @@ def replace_artifacts(
                 }
                 for artifact in artifacts
             ],
+        )
+
+
+def note_rejections(tx: Connection, job_id: int, rejected: Mapping[int, str]) -> None:
+    """Record which submissions' nucleotides could not be merged, and why; all others of the job are fine."""
+    tx.execute(text("UPDATE submissions SET error = NULL WHERE job_id = :job"), {"job": job_id})
+    for submission, error in rejected.items():
+        tx.execute(
+            text("UPDATE submissions SET error = :error WHERE id = :id AND job_id = :job"),
+            {"id": submission, "job": job_id, "error": error},
         )
 
 

@@ -88,6 +88,7 @@ def submit_file(
     max_failed_share: float | None = None,
     allow_nucleotides: bool = False,
     force: bool = False,
+    forced_by: str | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Submitted:
     """Register a file's job, once: the same content under the same recipe is the same job.
@@ -103,6 +104,7 @@ def submit_file(
         max_failed_share: share of failed records above which the result is not accepted.
         allow_nucleotides: take a file that looks like nucleotides for proteins.
         force: compute everything again, as a new generation.
+        forced_by: who forces, if that must count once only.
         on_progress: called with the bytes read of the file so far.
 
     Raises:
@@ -134,7 +136,14 @@ def submit_file(
         on_progress=on_progress,
     )
     registered = in_transaction(
-        ledger, register, scanned=scanned, model=name, recipe=recipe, submission=submission, force=force
+        ledger,
+        register,
+        scanned=scanned,
+        model=name,
+        recipe=recipe,
+        submission=submission,
+        force=force,
+        forced_by=forced_by,
     )
     return Submitted(
         path=submission.path,

@@ -151,12 +151,16 @@ class Job(Base):
     execution_class: Mapped[str | None]
     execution: Mapped[dict[str, Any] | None]
     error: Mapped[str | None]
+    forced_by: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     finished_at: Mapped[datetime | None]
 
 
 class Submission(Base):
-    """Somebody's wish for a job: where the file lies, what to call the result, who asked."""
+    """Somebody asks for a job: where the file lies, what to call the result, who asked.
+
+    `error` says why its nucleotides could not be merged; the job does not fail for it.
+    """
 
     __tablename__ = "submissions"
     __table_args__ = (
@@ -178,6 +182,7 @@ class Submission(Base):
     requested_by: Mapped[str]
     max_failed_share: Mapped[float]
     submitted_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    error: Mapped[str | None]
     published_generation: Mapped[int | None]
     published_at: Mapped[datetime | None]
 

@@ -17,6 +17,7 @@ from virnucpro_core.errors import JobError, StaleLeaseError
 from virnucpro_core.ledger.results import (
     forget_older_generations,
     mark_published,
+    note_rejections,
     replace_artifacts,
     replace_failures,
 )
@@ -27,6 +28,8 @@ from virnucpro_core.sequences.compression import Compression
 
 OUTBOX_CHANNEL = "virnucpro_outbox"
 EXTRACT, MERGE, VALIDATE = "extract", "merge", "validate"
+MATRIX = "matrix"
+"""The kind of artifact that holds rows of embeddings: a chunk's, or all of a job's once they are merged."""
 
 DESCRIBE = text("""
     SELECT c.id, c.job_id, c.stage, c.ordinal, c.byte_start, c.byte_end, c.virtual_start, c.first_record, c.records,
@@ -41,19 +44,15 @@ DESCRIBE = text("""
 """)
 
 PIN_EXECUTION_CLASS = text("""
-    UPDATE jobs SET execution_class = :execution_class, execution = CAST(:execution AS jsonb)
-     WHERE id = :job AND execution_class IS NULL AND state = 'running'
+    UPDATE jobs SET execution_class = :execution_class, execution = CAST(:execution AS jsonb) WHERE id = :job
 """)
 
 CLAIM = text("""
     UPDATE chunks c
        SET state = 'running', attempts = c.attempts + 1, lease_token = nextval('lease_tokens'),
            worker_id = w.id, claimed_at = now(), finished_at = NULL
-      FROM jobs j, workers w
-     WHERE c.id = :chunk AND c.state = 'pending'
-       AND j.id = c.job_id AND j.state = 'running' AND j.stage = c.stage AND j.generation = :generation
-       AND (CAST(:execution_class AS text) IS NULL OR j.execution_class = :execution_class)
-       AND w.id = :worker AND w.state = 'live'
+      FROM workers w
+     WHERE c.id = :chunk AND c.state = 'pending' AND w.id = :worker AND w.state = 'live'
     RETURNING c.lease_token, c.attempts
 """)
 
@@ -86,15 +85,11 @@ GIVE_UP = text("""
      WHERE id = :chunk AND lease_token = :token
 """)
 
-FAIL_JOB = text("""
-    UPDATE jobs SET state = 'failed', error = :error, finished_at = now() WHERE id = :job AND state = 'running'
-""")
-
 ENQUEUE_CHUNK = text("""
     INSERT INTO outbox (chunk_id, queue, due_at)
     SELECT c.id, s.queue, now() + make_interval(secs => :delay)
-      FROM chunks c JOIN stages s ON s.name = c.stage
-     WHERE c.id = :chunk
+      FROM chunks c JOIN stages s ON s.name = c.stage JOIN jobs j ON j.id = c.job_id
+     WHERE c.id = :chunk AND j.state = 'running'
     ON CONFLICT (chunk_id) DO UPDATE SET due_at = excluded.due_at, published_at = NULL
 """)
 
@@ -159,26 +154,21 @@ def claim(
     The first claim of a job that names an execution class pins it; a worker of another class is declined
     from then on, so that no result is a mixture.
     """
-    if execution_class is not None:
+    job = lock_job(tx, work.job_id)
+    if job.state != "running" or (job.generation, job.stage) != (work.generation, work.stage):
+        return Declined(
+            work.chunk_id, f"its job is {job.state}, at {job.stage} of generation {job.generation}"
+        )
+    if execution_class is not None and job.execution_class not in (None, execution_class):
+        return Declined(work.chunk_id, "its job is pinned to another execution class")
+    row = tx.execute(CLAIM, {"chunk": work.chunk_id, "worker": worker_id}).one_or_none()
+    if row is None:
+        now = describe(tx, work.chunk_id)
+        return now if isinstance(now, Declined) else Declined(work.chunk_id, "this worker is no longer live")
+    if execution_class is not None and job.execution_class is None:
         tx.execute(
             PIN_EXECUTION_CLASS,
             {"job": work.job_id, "execution_class": execution_class, "execution": json.dumps(execution)},
-        )
-    row = tx.execute(
-        CLAIM,
-        {
-            "chunk": work.chunk_id,
-            "generation": work.generation,
-            "worker": worker_id,
-            "execution_class": execution_class,
-        },
-    ).one_or_none()
-    if row is None:
-        now = describe(tx, work.chunk_id)
-        if isinstance(now, Declined):
-            return now
-        return Declined(
-            work.chunk_id, "its job is pinned to another execution class, or this worker is no longer live"
         )
     tx.execute(text("DELETE FROM outbox WHERE chunk_id = :chunk"), {"chunk": work.chunk_id})
     wake_relay(tx)  # there is room for another message
@@ -218,6 +208,8 @@ def complete(tx: Connection, claim: Claim, result: Result) -> str:
     if extracting:
         replace_failures(tx, work, result.failures)
     replace_artifacts(tx, work, result.artifacts, result.execution)
+    if work.stage == MERGE:
+        note_rejections(tx, work.job_id, result.rejected)
     mark_published(tx, result.published, work.generation)
     chunks_left = tx.execute(
         COUNT_CHUNK,
@@ -250,12 +242,32 @@ def fail(tx: Connection, claim: Claim, error: str, *, max_attempts: int, permane
     if permanent or claim.attempt >= max_attempts:
         if tx.execute(GIVE_UP, lease).rowcount == 0:
             raise stale(claim)
-        tx.execute(FAIL_JOB, {"job": claim.work.job_id, "error": f"{claim.work.title}: {error}"})
+        fail_job(tx, claim.work.job_id, f"{claim.work.title}: {error}")
         return "failed"
     if tx.execute(HAND_BACK, {**lease, "forgiven": 0}).rowcount == 0:
         raise stale(claim)
     enqueue(tx, claim.work.chunk_id, delay=float(claim.attempt**2))
     return "pending"
+
+
+def fail_job(tx: Connection, job_id: int, error: str) -> None:
+    """End a running job that cannot go on. The job's row is locked by the caller."""
+    tx.execute(
+        text("""
+            UPDATE jobs SET state = 'failed', error = :error, finished_at = now()
+             WHERE id = :job AND state = 'running'
+        """),
+        {"job": job_id, "error": error},
+    )
+    withdraw_messages(tx, job_id)
+
+
+def withdraw_messages(tx: Connection, job_id: int) -> None:
+    """Take an ended job's messages out of the outbox, where they would hold places that others need."""
+    tx.execute(
+        text("DELETE FROM outbox o USING chunks c WHERE c.id = o.chunk_id AND c.job_id = :job"),
+        {"job": job_id},
+    )
 
 
 def hand_back(tx: Connection, claim: Claim) -> None:
@@ -315,8 +327,11 @@ def begin_stage(tx: Connection, job_id: int, stage: str) -> None:
 
 
 def restart_from(tx: Connection, job_id: int, stage: str) -> None:
-    """Forget `stage` and all that follows it, and begin it anew. Whoever runs one of them is fenced off."""
-    forget_stages(tx, job_id, stage)
+    """Begin a stage anew. Whoever runs it, or one that follows, is fenced off.
+
+    What it made before stays recorded until it is made again: merge goes on from a result that is still there.
+    """
+    forget_chunks(tx, job_id, stage)
     tx.execute(
         text("UPDATE jobs SET state = 'running', error = NULL, finished_at = NULL WHERE id = :job"),
         {"job": job_id},
@@ -324,30 +339,21 @@ def restart_from(tx: Connection, job_id: int, stage: str) -> None:
     begin_stage(tx, job_id, stage)
 
 
-def forget_stages(tx: Connection, job_id: int, first: str) -> None:
-    """Delete the chunks and artifact rows of a stage and of all later ones, in this generation."""
-    stages = list(
-        tx.execute(
-            text("""
-                SELECT name FROM stages
-                 WHERE position >= (SELECT position FROM stages WHERE name = :stage)
-            """),
-            {"stage": first},
-        ).scalars()
-    )
-    parameters = {"job": job_id, "stages": stages}
-    tx.execute(text("DELETE FROM chunks WHERE job_id = :job AND stage = ANY(:stages)"), parameters)
+def forget_chunks(tx: Connection, job_id: int, first: str) -> None:
+    """Delete the chunks of a stage and of all later ones."""
     tx.execute(
         text("""
-            DELETE FROM artifacts a USING jobs j
-             WHERE j.id = :job AND a.job_id = j.id AND a.generation = j.generation AND a.stage = ANY(:stages)
+            DELETE FROM chunks
+             WHERE job_id = :job
+               AND stage IN (SELECT name FROM stages
+                              WHERE position >= (SELECT position FROM stages WHERE name = :stage))
         """),
-        parameters,
+        {"job": job_id, "stage": first},
     )
 
 
 def enqueue(tx: Connection, chunk_id: int, *, delay: float = 0.0) -> None:
-    """Make a chunk's message due in `delay` seconds, and wake the relay when this transaction commits."""
+    """Make a chunk's message due in `delay` seconds, unless its job has ended; wakes the relay with the commit."""
     tx.execute(ENQUEUE_CHUNK, {"chunk": chunk_id, "delay": delay})
     wake_relay(tx)
 

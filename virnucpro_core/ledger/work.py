@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from virnucpro_core.sequences.compression import Compression
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submission:
-    """A wish for a job: the file, the name of its result, who asked and how much may fail."""
+    """What somebody asks of a job: the file, the name of its result, who asked and how much may fail."""
 
     path: str
     stem: str
@@ -100,7 +100,12 @@ class NewArtifact:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What a chunk's run produced. Later stages carry the job's own counts over."""
+    """What a chunk's run produced. Later stages carry the job's own counts over.
+
+    Attributes:
+        published: ids of the submissions that have a result now.
+        rejected: why a submission's nucleotides were not merged, by the submission's id.
+    """
 
     artifacts: Sequence[NewArtifact]
     embeddings: int = 0
@@ -110,7 +115,8 @@ class Result:
     tokens: int = 0
     seconds: float = 0.0
     execution: dict[str, Any] | None = None
-    published: Sequence[int] = field(default=())
+    published: Sequence[int] = ()
+    rejected: Mapping[int, str] = field(default_factory=dict)
 
 
 def job_folder(job_id: int) -> str:
@@ -118,6 +124,14 @@ def job_folder(job_id: int) -> str:
     return f"jobs/{job_id:08d}"
 
 
-def result_folder(stem: str, input_sha256: str, recipe_sha256: str) -> str:
-    """Where a result is published, relative to the output root; equal stems with other content do not collide."""
-    return f"results/{stem}-{input_sha256[:12]}-{recipe_sha256[:8]}"
+def result_folder(
+    stem: str, input_sha256: str, recipe_sha256: str, *, label: str = "", nucleotide_sha256: str = ""
+) -> str:
+    """Where a result is published, relative to the output root.
+
+    Equal stems do not collide: the name holds the content, the recipe and, if the result is merged, what with.
+    """
+    folder = f"results/{stem}-{input_sha256[:12]}-{recipe_sha256[:8]}"
+    if not nucleotide_sha256:
+        return folder
+    return f"{folder}-{nucleotide_sha256[:8]}{label and '-'}{label}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
-from virnucpro_core.ledger.transitions import FAIL_JOB, enqueue, lock_job
+from virnucpro_core.ledger.transitions import enqueue, fail_job, lock_job
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ def take_back(
             continue
         if row.state == "failed":
             said = f"{row.stage} chunk {row.ordinal + 1}: {reason}; no attempt is left"
-            tx.execute(FAIL_JOB, {"job": chunk.job_id, "error": said})
+            fail_job(tx, chunk.job_id, said)
         else:
             enqueue(tx, chunk.id)
         recovered.append(Recovered(chunk.id, chunk.job_id, worker_id, row.state))

@@ -20,9 +20,8 @@ from virnucpro_core.errors import InputError, JobError, ServiceError
 from virnucpro_core.features.files import hash_file
 from virnucpro_core.features.manifests import Manifest, find_faults, read_manifest
 from virnucpro_core.ledger.database import in_transaction, open_ledger
-from virnucpro_core.ledger.queries import find_job, get_job
+from virnucpro_core.ledger.queries import find_job, find_submission, get_job
 from virnucpro_core.ledger.registration import recipe_for
-from virnucpro_core.ledger.work import result_folder
 from virnucpro_core.models import register_checkpoint
 from virnucpro_core.settings import load_settings
 from virnucpro_core.stack.airflow import ask, log_in
@@ -73,11 +72,10 @@ def run_demo(fasta: Path, *, state_folder: Path = STATE_FOLDER, console: Console
             started = time.time()
             with log_in(description.urls["Airflow"], password) as airflow:
                 run = trigger(airflow, fasta.absolute())
-                sha256 = hash_file(fasta)
-                state = follow(airflow, run, ledger, sha256, console)
+                state = follow(airflow, run, ledger, hash_file(fasta), console)
                 if state == "failed":
                     show_failed_tasks(airflow, run, console)
-            return summarise(ledger, sha256, state, started, console)
+            return summarise(ledger, fasta.absolute(), state, started, console)
         finally:
             ledger.dispose()
 
@@ -199,31 +197,32 @@ def find_demo_job(ledger: Engine, sha256: str) -> Row[Any] | None:
     return in_transaction(ledger, find)
 
 
-def summarise(ledger: Engine, sha256: str, run_state: str, started: float, console: Console) -> int:
-    """Print what became of the input; returns the exit code.
+def summarise(ledger: Engine, fasta: Path, run_state: str, started: float, console: Console) -> int:
+    """Print what became of a file; returns the exit code.
 
     Raises:
         JobError: the run ended without a job for it.
     """
-    job = find_demo_job(ledger, sha256)
+    job = find_demo_job(ledger, hash_file(fasta))
     if job is None:
         raise JobError(
             f"the DAG run ended as {run_state!r} without a job",
-            where=f"input {sha256[:12]}…",
+            where=str(fasta),
             todo=f"Read the task logs below {STATE_FOLDER}/airflow/logs.",
         )
     console.print(f"job {job.id}: {job.state}; DAG run: {run_state}")
     if job.state != "succeeded":
         console.print(f"[bold red]{job.error or 'no error is recorded'}[/]")
         return 1
-    folder = load_settings().output_root / result_folder(job.stem, job.input_sha256, job.recipe_sha256)
-    manifest = read_manifest(folder / f"{job.stem}.manifest.json")
+    submission = in_transaction(ledger, find_submission, job.id, str(fasta))
+    folder = load_settings().output_root / submission.folder(job.input_sha256, job.recipe_sha256)
+    manifest = read_manifest(folder / f"{submission.stem}.manifest.json")
     faults = find_faults(manifest, folder)
     facts = describe(job, manifest, folder, faults)
     if job.finished_at.timestamp() < started:
         facts.append(("work", "the job was done already: nothing was computed again"))
     for name, value in facts:
-        console.print(f"{name:<12}{value}", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"{name:<21}{value}", soft_wrap=True, markup=False, highlight=False)
     return 0 if run_state == "success" and not faults else 1
 
 
@@ -236,7 +235,7 @@ def describe(job: Row[Any], manifest: Manifest, folder: Path, faults: list[str])
         ("embeddings", f"{counts.embeddings:,}"),
         ("failures", f"{job.failed:,} ({reasons})"),
         ("truncated", f"{counts.truncated:,}"),
-        ("tokens/s", f"{counts.tokens / job.seconds:,.0f}" if job.seconds else "unknown"),
+        ("tokens/s per worker", f"{counts.tokens / job.seconds:,.0f}" if job.seconds else "unknown"),
     ]
     for file in manifest.files:
         facts += [("output", str(folder / file.name)), ("sha256", file.sha256)]
