@@ -40,6 +40,9 @@ from workers.reaper import reap
 log = structlog.get_logger()
 
 TURN_SECONDS = 1.0
+GATHER_SECONDS = 0.02
+"""After a notification, time for more to come: one turn serves them all. Workers have messages in stock meanwhile."""
+
 LONGEST_PAUSE = 10.0  # seconds between attempts while the database or the broker is away
 RELAY_LOCK = 0x7669726E  # any number, but the same in every relay of a ledger ("virn")
 
@@ -110,6 +113,8 @@ class Relay:
                 self.stop.wait(pause)
                 continue
             for _ in connection.notifies(timeout=wait, stop_after=1):
+                self.stop.wait(GATHER_SECONDS)
+            for _ in connection.notifies(timeout=0):
                 pass
 
     def turn(self) -> float:

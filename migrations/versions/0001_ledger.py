@@ -351,6 +351,13 @@ def upgrade() -> None:
         sa.UniqueConstraint("chunk_id", name=op.f("uq_outbox_chunk_id")),
     )
     op.create_index(
+        "ix_outbox_delayed",
+        "outbox",
+        ["due_at"],
+        unique=False,
+        postgresql_where=sa.text("published_at IS NULL"),
+    )
+    op.create_index(
         "ix_outbox_due",
         "outbox",
         ["queue", "id"],

@@ -320,6 +320,7 @@ class Outbox(Base):
     __tablename__ = "outbox"
     __table_args__ = (
         Index("ix_outbox_due", "queue", "id", postgresql_where=text("published_at IS NULL")),
+        Index("ix_outbox_delayed", "due_at", postgresql_where=text("published_at IS NULL")),
         Index(
             "ix_outbox_published", "queue", "published_at", postgresql_where=text("published_at IS NOT NULL")
         ),
