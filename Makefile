@@ -8,6 +8,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 FASTA ?= samples/proteins.fasta
+export FASTA
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
@@ -15,7 +16,7 @@ INSTALLED := .venv/installed
 .PHONY: help setup run up down lint test test-system test-gpu bench
 
 help:
-	@echo 'make run          set up, start everything, embed $(FASTA), print a summary, stop'
+	@echo "make run          set up, start everything, embed $$FASTA, print a summary, stop"
 	@echo 'make test         set up, then every check and test that needs no GPU, root or browser'
 	@echo 'make setup        .venv with the pinned dependencies'
 	@echo 'make up, down     start the stack and keep it; stop it'
@@ -36,7 +37,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 run: $(INSTALLED)
-	$(BIN)/virnucpro demo $(FASTA)
+	$(BIN)/virnucpro demo "$$FASTA"
 
 up: $(INSTALLED)
 	$(BIN)/virnucpro up

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from virnucpro_core.ledger.queries import failure_counts, get_job, submissions_of
+from virnucpro_core.ledger.queries import failure_counts, find_setback, get_job, submissions_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +42,7 @@ class JobReport:
     Attributes:
         state: running, succeeded, failed or cancelled.
         error: why it failed.
+        setback: why a chunk that waits has not run yet, or how its last attempt ended.
         failures: records without an embedding, by reason, the most frequent first.
         truncated: records that were cut.
         unknown: residues that became <unk>.
@@ -57,6 +58,7 @@ class JobReport:
     stage: str
     generation: int
     error: str | None
+    setback: str | None
     model: str
     demonstration: bool
     input_sha256: str
@@ -90,6 +92,7 @@ def report_job(tx: Connection, job_id: int) -> JobReport:
         stage=job.stage,
         generation=job.generation,
         error=job.error,
+        setback=find_setback(tx, job_id),
         model=job.model,
         demonstration=job.recipe["demonstration"],
         input_sha256=job.input_sha256,

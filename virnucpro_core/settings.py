@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from virnucpro_core.errors import SettingsError
 from virnucpro_core.recipe import Dtype, ResiduePolicy
+from virnucpro_core.sizes import CHUNK_TOKENS, EXPORT_ROWS
 
 PREFIX = "VIRNUCPRO_"
 
@@ -71,7 +72,6 @@ class Settings(BaseSettings):
     broker_url: SecretStr | None = Field(
         None, description="Redis or Valkey URL of Celery's broker, with a database of its own."
     )
-    flower_url: str | None = Field(None, description="Where Flower is, for links.")
 
     inbox: Path = Field(Path("inbox"), description="Folder that the nightly run takes FASTA files from.")
     output_root: Path = Field(Path("output"), description="Folder below which all results are written.")
@@ -90,10 +90,10 @@ class Settings(BaseSettings):
     )
 
     chunk_tokens: int = Field(
-        2_000_000, ge=1, description="Token budget of a chunk: several seconds of a GPU's work."
+        CHUNK_TOKENS, ge=1, description="Token budget of a chunk: several seconds of a GPU's work."
     )
     export_rows: int = Field(
-        200_000, ge=1, description="Rows in one .pt file; larger results come in numbered shards."
+        EXPORT_ROWS, ge=1, description="Rows in one .pt file; larger results come in numbered shards."
     )
     keep_chunks_days: float = Field(
         7.0, ge=0, description="Days that chunk artifacts are kept after a job succeeded."

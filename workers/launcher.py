@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -20,16 +20,16 @@ from threading import Event
 import structlog
 
 from virnucpro_core.errors import ExecutionError, SettingsError, VirnucproError
+from virnucpro_core.gpus import MASK, Gpu, visible_gpus
 from virnucpro_core.ledger.database import check_migrated, open_ledger
 from virnucpro_core.logs import configure_logging
 from virnucpro_core.settings import load_settings
 from virnucpro_core.stack.processes import tied_to_parent
 from workers.app import EXTRACT_QUEUE, FINISH_QUEUE, QUEUES, app, check_broker
-from workers.pinning import LOCK_FOLDER, Gpu, Lock, apply_mask, choose_gpus, list_gpus, try_lock
+from workers.pinning import LOCK_FOLDER, Lock, choose_gpus, try_lock
 
 log = structlog.get_logger()
 
-MASK = "CUDA_VISIBLE_DEVICES"
 POLL_SECONDS = 0.5
 LONGEST_PAUSE = 30.0  # seconds before a node that keeps dying is started again
 STEADY_SECONDS = 60.0  # a node that lived so long has nothing to do with the deaths before
@@ -177,7 +177,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging()
     options = parse_arguments(arguments)
     stop = Event()
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
         settings = load_settings()
         check_migrated(open_ledger(settings.database_url_for("worker")))
         check_broker(app)
-        visible = [] if options.gpus == "none" else apply_mask(list_gpus(), environment.get(MASK))
+        visible = [] if options.gpus == "none" else visible_gpus()
         queues = [queue.strip() for queue in options.queues.split(",")]
         nodes = plan_nodes(choose_gpus(options.gpus, visible), queues)
     except VirnucproError as error:

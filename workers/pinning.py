@@ -1,4 +1,4 @@
-"""Pinning: which GPUs there are, which of them we may use, and a lock for each, held by one node."""
+"""Pinning: which GPUs a launcher is to use, and a lock for each, held by one node."""
 
 from __future__ import annotations
 
@@ -10,93 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from virnucpro_core.errors import ExecutionError, SettingsError
+from virnucpro_core.gpus import Gpu
 
 LOCK_FOLDER = Path(tempfile.gettempdir()) / "virnucpro-locks"
 """One for the host, whoever runs the launcher: two users must not pin the same GPU."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """A GPU, or a MIG instance of one.
-
-    Attributes:
-        uuid: `GPU-…` or `MIG-…`, as CUDA_VISIBLE_DEVICES takes it.
-        index: place of the whole GPU in PCI order, the order in which nvidia-smi counts.
-        parent: UUID of the whole GPU; the same as `uuid` without MIG.
-    """
-
-    uuid: str
-    index: int
-    parent: str
-
-
-def list_gpus() -> list[Gpu]:
-    """The host's GPUs in PCI order, a GPU in MIG mode as its instances; empty without an NVIDIA driver.
-
-    Asks NVML, never CUDA: a process that has touched CUDA cannot fork children that use it.
-    """
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        found: list[Gpu] = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            device = pynvml.nvmlDeviceGetHandleByIndex(index)
-            parent = pynvml.nvmlDeviceGetUUID(device)
-            uuids = _mig_uuids(device) or [parent]
-            found.extend(Gpu(uuid, index, parent) for uuid in uuids)
-        return found
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _mig_uuids(device: object) -> list[str]:
-    import pynvml
-
-    try:
-        enabled, _ = pynvml.nvmlDeviceGetMigMode(device)
-    except pynvml.NVMLError_NotSupported:
-        return []
-    if enabled != pynvml.NVML_DEVICE_MIG_ENABLE:
-        return []
-    uuids = []
-    for slot in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(device)):
-        try:
-            instance = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(device, slot)
-        except pynvml.NVMLError_NotFound:
-            continue  # slots may be empty
-        uuids.append(pynvml.nvmlDeviceGetUUID(instance))
-    return uuids
-
-
-def apply_mask(gpus: Sequence[Gpu], mask: str | None) -> list[Gpu]:
-    """The GPUs that an inherited CUDA_VISIBLE_DEVICES leaves us, in its order.
-
-    As CUDA does it: entries are indices or (beginnings of) UUIDs, and the first that names nothing ends the
-    list. Two differences: indices count in PCI order whatever CUDA_DEVICE_ORDER says, and a whole GPU in MIG
-    mode stands for all of its instances, where CUDA would take the first.
-
-    Args:
-        mask: the variable's value; None if it is not set, which leaves all.
-    """
-    if mask is None:
-        return list(gpus)
-    left: list[Gpu] = []
-    for entry in (part.strip() for part in mask.split(",")):
-        named = [gpu for gpu in gpus if _is_named(gpu, entry)]
-        if not named:
-            break
-        left.extend(gpu for gpu in named if gpu not in left)
-    return left
-
-
-def _is_named(gpu: Gpu, entry: str) -> bool:
-    if entry.isdecimal():
-        return gpu.index == int(entry)
-    return entry.startswith(("GPU-", "MIG-")) and (gpu.uuid.startswith(entry) or gpu.parent.startswith(entry))
 
 
 def choose_gpus(wanted: str, visible: Sequence[Gpu]) -> list[Gpu]:
@@ -151,19 +68,18 @@ class Lock:
 
 
 def try_lock(name: str, folder: Path = LOCK_FOLDER) -> Lock | None:
-    """Lock a name on this host; None if a living process has it.
+    """Lock a name on this host, for whichever user; None if a living process has it.
 
     Raises:
         ExecutionError: the lock folder cannot be used.
     """
     try:
-        folder.mkdir(mode=0o1777, parents=True, exist_ok=True)
-        descriptor = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = _open_lock(name, folder)
     except OSError as error:
         raise ExecutionError(
             f"locks cannot be kept: {error.strerror}",
             where=str(folder),
-            todo="Make it writable for this user.",
+            todo="Make it a folder that this user may write to.",
         ) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,3 +87,27 @@ def try_lock(name: str, folder: Path = LOCK_FOLDER) -> Lock | None:
         os.close(descriptor)
         return None
     return Lock(descriptor)
+
+
+def _open_lock(name: str, folder: Path) -> int:
+    """Open a lock's file, made if need be. Links are not followed: anyone may write where temporary files go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    inside = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        _open_to_all(inside, 0o1777)
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            # Linux refuses O_CREAT for another user's file in such a folder (fs.protected_regular).
+            descriptor = os.open(f"{name}.lock", flags, dir_fd=inside)
+        except FileNotFoundError:
+            descriptor = os.open(f"{name}.lock", flags | os.O_CREAT, dir_fd=inside)
+        _open_to_all(descriptor, 0o666)
+        return descriptor
+    finally:
+        os.close(inside)
+
+
+def _open_to_all(descriptor: int, mode: int) -> None:
+    """Set the mode of what is ours: the umask of who came first must not lock out other users."""
+    if os.fstat(descriptor).st_uid == os.geteuid():
+        os.fchmod(descriptor, mode)

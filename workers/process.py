@@ -6,8 +6,9 @@ While a chunk is computed, the next ones are read and the last one is written an
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from threading import Event
@@ -28,7 +29,7 @@ from tenacity import (
 from virnucpro_core.errors import (
     ArtifactError,
     ExecutionError,
-    InputError,
+    InputChangedError,
     MismatchError,
     ServiceError,
     StaleLeaseError,
@@ -38,6 +39,7 @@ from virnucpro_core.errors import (
 from virnucpro_core.ledger.database import in_transaction, open_ledger
 from virnucpro_core.ledger.jobs import resume
 from virnucpro_core.ledger.outbox import send_again
+from virnucpro_core.ledger.queries import live_workers
 from virnucpro_core.ledger.transitions import (
     EXTRACT,
     MERGE,
@@ -67,10 +69,11 @@ T = TypeVar("T")
 
 WHOLE_INPUT_STAGES: dict[str, Stage] = {MERGE: merge, VALIDATE: validate}
 
-PERMANENT = (InputError, MismatchError)
+PERMANENT = (InputChangedError, MismatchError)
 """Errors that another attempt would only repeat."""
 
 SEND_AGAIN_SECONDS = 2.0
+OFFER_AGAIN_SECONDS = 10.0  # for a chunk that this process cannot run at all
 FLUSH_SECONDS = 30.0
 LONGEST_PAUSE = 5.0  # seconds between attempts to reach the database
 UNFIT = 71  # exit code of a child that should not go on
@@ -101,6 +104,7 @@ class WorkerProcess:
         self.writing: Future[None] | None = None
         self.closing = Event()
         self.model: FastEsm | None = None
+        self.others_idle: Counter[int] = Counter()  # by chunk, how often in a row
 
     def count_progress(self) -> int:
         """Records embedded, and MiB read and written (in MiB, as asking reads some bytes, too)."""
@@ -124,6 +128,8 @@ class WorkerProcess:
             raise SystemExit(UNFIT) from error
 
     def _run(self, stage: str, chunk_id: int, worker_id: int) -> None:
+        if self.writing is not None and self.writing.done():
+            self._finish_writing()
         work = in_transaction(self.ledger, describe, chunk_id)
         if isinstance(work, Declined):
             log.info("message_declined", chunk=chunk_id, reason=work.reason)
@@ -139,15 +145,20 @@ class WorkerProcess:
     def close(self) -> None:
         """Finish what is being written, then retire. A chunk that was interrupted is handed back."""
         self.closing.set()
-        if self.writing is not None:
-            wait([self.writing], timeout=FLUSH_SECONDS)
-        self.heartbeat.stop()
-        self.ledger.dispose()
+        try:
+            self._finish_writing(FLUSH_SECONDS)
+        except TimeoutError:
+            log.warning("writing_not_finished", waited=FLUSH_SECONDS)
+        finally:
+            self.heartbeat.stop()
+            self.ledger.dispose()
 
     def _extract(self, work: Work, worker_id: int) -> None:
         try:
             model = self._load_model(work)
         except (WeightsError, ExecutionError) as error:
+            if self._leave_to_others(work, worker_id, error):
+                return
             # Claimed without a class, so that the job is not pinned to a worker that cannot run it.
             claimed = self._claim(work, worker_id)
             if isinstance(claimed, Claim):
@@ -157,17 +168,59 @@ class WorkerProcess:
         claimed = self._claim(work, worker_id, execution)
         if isinstance(claimed, Declined):
             log.warning("claim_declined", chunk=work.title, reason=claimed.reason, execution=str(execution))
-            in_transaction(self.ledger, send_again, work.chunk_id, delay=SEND_AGAIN_SECONDS)
+            in_transaction(
+                self.ledger,
+                send_again,
+                work.chunk_id,
+                delay=SEND_AGAIN_SECONDS,
+                reason=f"{claimed.reason}; declined by one of {execution}",
+            )
             return
         log.info("claimed", chunk=work.title, attempt=claimed.attempt)
         self.look_ahead.start()
+        extraction: Extraction | None = None
         with self._attempt(claimed):
             from virnucpro_core.embedding.extraction import extract
 
             extraction = extract(self.look_ahead.take(work), model, on_progress=self._count_records)
-            if self.writing is not None:
-                wait([self.writing])
+        if extraction is not None:
+            self._finish_writing()
             self.writing = self.writer.submit(self._write, claimed, extraction)
+
+    def _leave_to_others(self, work: Work, worker_id: int, error: VirnucproError) -> bool:
+        """Have a chunk that this process cannot run sent again for another worker; False if no other can take it.
+
+        A busy worker may come to it. One that is idle may still be loading the model; but if all others have been
+        found idle as often as a chunk has attempts, they cannot run it either.
+        """
+        live = in_transaction(self.ledger, live_workers)
+        others = [other for other in live if other.queue == self.heartbeat.queue and other.id != worker_id]
+        if any(other.chunk_id is not None for other in others):
+            del self.others_idle[work.chunk_id]
+        else:
+            self.others_idle[work.chunk_id] += 1
+        if not others or self.others_idle[work.chunk_id] > self.settings.max_attempts:
+            return False
+        in_transaction(
+            self.ledger,
+            send_again,
+            work.chunk_id,
+            delay=OFFER_AGAIN_SECONDS,
+            reason=f"a worker said: {error}",
+        )
+        log.error("chunk_left_to_others", chunk=work.title, others=len(others), reason=str(error))
+        return True
+
+    def _finish_writing(self, timeout: float | None = None) -> None:
+        """Wait for the chunk that is being written, if there is one.
+
+        Raises:
+            TimeoutError: it is not finished within so many seconds.
+            Exception: what nobody foresaw; its chunk has been dealt with, but this process should not go on.
+        """
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result(timeout)
 
     def _claim(self, work: Work, worker_id: int, execution: ExecutionClass | None = None) -> Claim | Declined:
         try:

@@ -27,6 +27,7 @@ def read_batch(work: Work) -> RecordBatch:
 
     Raises:
         InputChangedError: its bytes are not those that were registered.
+        InputError: they cannot be read at the moment.
     """
     return parse_records(
         read_range(work.location, work.compression, work.range),
@@ -50,6 +51,7 @@ class LookAhead:
         """Begin to read, unless it is still at it."""
         if self.reading is None or self.reading.done():
             self.reading = self.thread.submit(self._read)
+            self.reading.add_done_callback(report_error)
 
     def take(self, work: Work) -> RecordBatch:
         """A chunk's records, read now if they are not here yet; raises as `read_batch` does."""
@@ -70,3 +72,10 @@ class LookAhead:
         except VirnucproError as error:
             # Whoever claims the chunk meets the same error and records it.
             log.info("look_ahead_stopped", reason=str(error))
+
+
+def report_error(reading: Future[None]) -> None:
+    """Log what nobody foresaw. It may be another worker's chunk that met it: this one's go on."""
+    error = reading.exception()
+    if error is not None:
+        log.error("look_ahead_failed", exc_info=error)

@@ -16,7 +16,7 @@ from virnucpro_core.errors import JobError, StaleLeaseError, WeightsError
 from virnucpro_core.ledger import queries, registration, transitions, waiters, workers
 from virnucpro_core.ledger.database import in_transaction, open_ledger
 from virnucpro_core.ledger.jobs import cancel, resume
-from virnucpro_core.ledger.outbox import take_due
+from virnucpro_core.ledger.outbox import send_again, take_due
 from virnucpro_core.ledger.transitions import Declined
 from virnucpro_core.ledger.work import Resumed
 from virnucpro_core.stack.postgres import LedgerUrls
@@ -101,6 +101,11 @@ def test_a_worker_of_another_execution_class_is_declined(tx: Connection) -> None
     assert isinstance(other, Declined)
     assert "execution class" in other.reason
     assert second in outbox_chunks(tx)
+    assert queries.find_setback(tx, job_id) is None
+    send_again(tx, second, delay=60, reason=other.reason)
+    assert queries.find_setback(tx, job_id) == other.reason
+    jobs.claim(tx, second, worker, "class one")
+    assert queries.find_setback(tx, job_id) is None
 
 
 def test_a_declined_claim_pins_nothing(tx: Connection) -> None:

@@ -116,6 +116,42 @@ def test_a_setting_made_by_hand_stands(tmp_path: Path, running: Description) -> 
     assert environment == {"VIRNUCPRO_BROKER_URL": BROKER, "VIRNUCPRO_INBOX": "/mine"}
 
 
+@pytest.fixture
+def described_roles(tmp_path: Path) -> Description:
+    """What a stack with servers of its own leaves: a URL of the ledger for each role."""
+    names = ("OWNER_DATABASE", "DAG_DATABASE", "WORKER_DATABASE", "BROKER")
+    description = Description(
+        urls={},
+        logins="",
+        environment={f"VIRNUCPRO_{name}_URL_FILE": f"/stack/secrets/{name}" for name in names},
+    )
+    description.write(tmp_path)
+    return description
+
+
+@pytest.mark.parametrize("name", ["DATABASE_URL", "DATABASE_URL_FILE", "DAG_DATABASE_URL"])
+def test_a_ledger_named_by_hand_is_the_ledger_of_every_role(
+    name: str, tmp_path: Path, running: Description, described_roles: Description
+) -> None:
+    environment = {f"VIRNUCPRO_{name}": "mine"}
+    assert use_running_stack(environment, tmp_path)
+    assert environment == {
+        f"VIRNUCPRO_{name}": "mine",
+        "VIRNUCPRO_BROKER_URL_FILE": "/stack/secrets/BROKER",
+    }
+
+
+@pytest.mark.parametrize("name", ["VIRNUCPRO_BROKER_URL", "VIRNUCPRO_BROKER_URL_FILE"])
+def test_a_broker_named_by_hand_stands(
+    name: str, tmp_path: Path, running: Description, described_roles: Description
+) -> None:
+    environment = {name: "mine", "VIRNUCPRO_AIRFLOW_DATABASE_URL": "another database"}
+    assert use_running_stack(environment, tmp_path)
+    assert {key for key in environment if "BROKER" in key} == {name}
+    assert environment[name] == "mine"
+    assert "VIRNUCPRO_DAG_DATABASE_URL_FILE" in environment
+
+
 def test_what_a_killed_stack_left_behind_does_not_count(tmp_path: Path, described: Description) -> None:
     assert read_description(tmp_path) is None
     environment: dict[str, str] = {}

@@ -194,6 +194,7 @@ def print_report(report: JobReport) -> None:
             "state": report.state,
             "stage": report.stage,
             "error": report.error,
+            "setback": report.setback,
             "generation": report.generation,
             "model": f"{report.model} (RANDOM demonstration weights)"
             if report.demonstration
@@ -205,7 +206,7 @@ def print_report(report: JobReport) -> None:
             "truncated": report.truncated,
             "unknown residues": report.unknown,
             "tokens": report.tokens,
-            "tokens/s": report.tokens_per_second,
+            "tokens/s per worker": report.tokens_per_second,
             "created": report.created_at,
             "finished": report.finished_at,
         }

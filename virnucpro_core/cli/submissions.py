@@ -107,11 +107,12 @@ def submit(
         for file, report in reports.items():
             known = "registered" if jobs[file].created else "known already"
             print(f"{file}: job {report.job}, {known}, {report.state}, generation {report.generation}")
-    if errors:
-        raise typer.Exit(errors[0].exit_code)
-    share = load_settings().max_failed_share if max_failed_share is None else max_failed_share
-    if wait and not all(check_outcome(report, share) for report in reports.values()):
-        raise typer.Exit(JobError.exit_code)
+    codes = [error.exit_code for error in errors]
+    if wait:
+        share = load_settings().max_failed_share if max_failed_share is None else max_failed_share
+        codes += [JobError.exit_code for report in reports.values() if not check_outcome(report, share)]
+    if codes:
+        raise typer.Exit(max(codes))
 
 
 def submit_files(
@@ -186,6 +187,8 @@ def check_outcome(report: JobReport, max_failed_share: float) -> bool:
                 todo=f"`virnucpro failures {report.job}` lists them.",
             )
         )
+    elif errors := [one.error for one in report.submissions if one.error]:
+        print_error(JobError(f"job {report.job}'s nucleotides were not merged: {'; '.join(errors)}"))
     else:
         return True
     return False

@@ -20,12 +20,10 @@ from virnucpro_core.errors import ArtifactError, MismatchError
 from virnucpro_core.features.files import NewFile, Written, new_file, open_artifact
 from virnucpro_core.features.matrices import Matrix
 from virnucpro_core.recipe import EMBEDDING_WIDTH
+from virnucpro_core.sizes import EXPORT_ROWS
 
 if TYPE_CHECKING:
     import torch
-
-EXPORT_ROWS = 200_000
-"""Rows in one `.pt` file, 1.4 GB of memory to write or read; more are written as numbered shards."""
 
 
 def export_names(target: Path, shards: int) -> list[Path]:

@@ -90,11 +90,18 @@ def take_overdue(tx: Connection, queue: str, *, republish_seconds: float) -> lis
     )
 
 
-def send_again(tx: Connection, chunk_id: int, *, delay: float) -> None:
+def send_again(tx: Connection, chunk_id: int, *, delay: float, reason: str) -> None:
     """Have a published message sent again in `delay` seconds: who got it may not run the chunk.
 
     Harmless once the chunk is claimed.
+
+    Args:
+        reason: kept with the chunk while it waits, for those who wonder why it does.
     """
+    tx.execute(
+        text("UPDATE chunks SET error = :reason WHERE id = :chunk AND state = 'pending'"),
+        {"chunk": chunk_id, "reason": reason},
+    )
     tx.execute(
         text("""
             UPDATE outbox SET published_at = NULL, due_at = now() + make_interval(secs => :delay)

@@ -199,6 +199,17 @@ def failure_counts(tx: Connection, job_id: int) -> dict[str, int]:
     return {row.reason: row.n for row in rows}
 
 
+def find_setback(tx: Connection, job_id: int) -> str | None:
+    """Why a chunk that waits did not run when it could have, or how its last attempt ended; None if all is well."""
+    return tx.execute(
+        text("""
+            SELECT error FROM chunks
+             WHERE job_id = :job AND state = 'pending' AND error IS NOT NULL ORDER BY claimed_at DESC LIMIT 1
+        """),
+        {"job": job_id},
+    ).scalar_one_or_none()
+
+
 JOB = """
     SELECT j.*, i.size AS input_bytes, i.residues AS input_residues, i.location, i.compression, m.path AS model_path,
            (SELECT s.stem FROM submissions s WHERE s.job_id = j.id ORDER BY s.id LIMIT 1) AS stem

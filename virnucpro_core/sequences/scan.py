@@ -143,7 +143,8 @@ def read_range(location: str | Path, compression: Compression, chunk: ChunkRange
         compression: `ScannedInput.compression`.
 
     Raises:
-        InputChangedError: they are not, or cannot be read any more.
+        InputChangedError: they are not.
+        InputError: they cannot be read at the moment; the file system may come back.
     """
     length = chunk.byte_end - chunk.byte_start
     where = f"{location}, records {chunk.first_record} to {chunk.first_record + chunk.records - 1}"
@@ -155,8 +156,10 @@ def read_range(location: str | Path, compression: Compression, chunk: ChunkRange
                 file.seek(chunk.byte_start)
                 data = file.read(length)
     except OSError as error:
-        raise InputChangedError(
-            f"the input can no longer be read: {error.strerror}", where=where, todo=_REGISTER_AGAIN
+        raise InputError(
+            f"the input cannot be read: {error.strerror}",
+            where=where,
+            todo="Mount its file system here or make it readable, then retry; or register the file again.",
         ) from error
     if hashlib.sha256(data).hexdigest() != chunk.sha256:
         raise InputChangedError("the input was changed after registration", where=where, todo=_REGISTER_AGAIN)

@@ -8,6 +8,7 @@ from pathlib import Path
 import structlog
 
 from virnucpro_core.errors import SettingsError
+from virnucpro_core.gpus import visible_gpus
 from virnucpro_core.settings import PREFIX, DatabaseRole, Settings
 from virnucpro_core.stack.airflow import USER as AIRFLOW_USER
 from virnucpro_core.stack.airflow import Airflow
@@ -20,7 +21,6 @@ from virnucpro_core.stack.programs import (
     airflow_programs,
     celery_programs,
     common_environment,
-    count_gpus,
     flower_program,
     server_programs,
     url_environment,
@@ -81,7 +81,7 @@ def compose(settings: Settings, folder: Path, *, gpus: str, fixed_ports: bool) -
     flower_url = f"http://{LOOPBACK}:{ports['flower']}"
 
     gpus = choose_gpus(gpus)
-    common = common_environment(settings, gpus) | {f"{PREFIX}FLOWER_URL": flower_url}
+    common = common_environment(settings, gpus)
     owner, dag, worker = (
         url_environment(secrets, **{f"{role}_database_url": ledger_urls[role]}) for role in ROLES
     )
@@ -159,9 +159,9 @@ def provision(postgres: PostgresServer) -> None:
 
 
 def choose_gpus(gpus: str) -> str:
-    """ "none" where all GPUs are asked for and there are none."""
-    if gpus == "all" and count_gpus() == 0:
-        log.warning("no NVIDIA GPU was found: the CPU computes, in float32")
+    """ "none" where all GPUs are asked for and none is visible."""
+    if gpus == "all" and not visible_gpus():
+        log.warning("no NVIDIA GPU is visible: the CPU computes, in float32")
         return "none"
     return gpus
 

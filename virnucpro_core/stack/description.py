@@ -8,11 +8,15 @@ from collections.abc import MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from virnucpro_core.settings import PREFIX
 from virnucpro_core.stack.processes import write_private
 
 STATE_FOLDER = Path(".virnucpro")
 FILE = "stack.json"
 SOCKET = "supervisord.sock"
+
+LEDGER_URLS = {f"{PREFIX}{role}DATABASE_URL" for role in ("", "OWNER_", "DAG_", "WORKER_")}
+"""Settings that stand or fall together: roles that reached different ledgers would not see each other's work."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,10 @@ def use_running_stack(environment: MutableMapping[str, str], state_folder: Path 
     found = read_description(state_folder)
     if found is None:
         return False
-    for name, value in found.environment.items():
-        # A setting given by hand, directly or as a file, stands.
-        if name.removesuffix("_FILE") not in environment:
-            environment.setdefault(name, value)
+    given = {name.removesuffix("_FILE") for name in environment}  # by hand, directly or as a file
+    if given & LEDGER_URLS:
+        given |= LEDGER_URLS
+    environment.update(
+        {name: value for name, value in found.environment.items() if name.removesuffix("_FILE") not in given}
+    )
     return True

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import pynvml
-
 from virnucpro_core.settings import PREFIX, Settings
 from virnucpro_core.stack.airflow import Airflow
 from virnucpro_core.stack.postgres import PostgresServer
@@ -96,15 +94,3 @@ def common_environment(settings: Settings, gpus: str) -> dict[str, str]:
 def url_environment(secrets: Secrets, **urls: str) -> dict[str, str]:
     """Settings that hold a secret, each as the file that it is kept in."""
     return {f"{PREFIX}{name.upper()}_FILE": str(secrets.write(name, url)) for name, url in urls.items()}
-
-
-def count_gpus() -> int:
-    """How many NVIDIA GPUs this machine has, asked without touching CUDA."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return 0
-    try:
-        return int(pynvml.nvmlDeviceGetCount())
-    finally:
-        pynvml.nvmlShutdown()

@@ -1,0 +1,96 @@
+"""GPUs: which ones this host has, and which of them an inherited mask leaves us. Never touches CUDA."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pynvml
+
+MASK = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU, or a MIG instance of one.
+
+    Attributes:
+        uuid: `GPU-…` or `MIG-…`, as CUDA_VISIBLE_DEVICES takes it.
+        index: place of the whole GPU in PCI order, the order in which nvidia-smi counts.
+        parent: UUID of the whole GPU; the same as `uuid` without MIG.
+    """
+
+    uuid: str
+    index: int
+    parent: str
+
+
+def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
+    """The GPUs that this process may use, in the order of its mask."""
+    return apply_mask(list_gpus(), environment.get(MASK))
+
+
+def list_gpus() -> list[Gpu]:
+    """The host's GPUs in PCI order, a GPU in MIG mode as its instances; empty without an NVIDIA driver.
+
+    Asks NVML, never CUDA: a process that has touched CUDA cannot fork children that use it.
+    """
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        found: list[Gpu] = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            device = pynvml.nvmlDeviceGetHandleByIndex(index)
+            parent = pynvml.nvmlDeviceGetUUID(device)
+            uuids = _mig_uuids(device) or [parent]
+            found.extend(Gpu(uuid, index, parent) for uuid in uuids)
+        return found
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _mig_uuids(device: object) -> list[str]:
+    try:
+        enabled, _ = pynvml.nvmlDeviceGetMigMode(device)
+    except pynvml.NVMLError_NotSupported:
+        return []
+    if enabled != pynvml.NVML_DEVICE_MIG_ENABLE:
+        return []
+    uuids = []
+    for slot in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(device)):
+        try:
+            instance = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(device, slot)
+        except pynvml.NVMLError_NotFound:
+            continue  # slots may be empty
+        uuids.append(pynvml.nvmlDeviceGetUUID(instance))
+    return uuids
+
+
+def apply_mask(gpus: Sequence[Gpu], mask: str | None) -> list[Gpu]:
+    """The GPUs that an inherited CUDA_VISIBLE_DEVICES leaves us, in its order.
+
+    As CUDA does it: entries are indices or (beginnings of) UUIDs, and the first that names nothing ends the
+    list. Two differences: indices count in PCI order whatever CUDA_DEVICE_ORDER says, and a whole GPU in MIG
+    mode stands for all of its instances, where CUDA would take the first.
+
+    Args:
+        mask: the variable's value; None if it is not set, which leaves all.
+    """
+    if mask is None:
+        return list(gpus)
+    left: list[Gpu] = []
+    for entry in (part.strip() for part in mask.split(",")):
+        named = [gpu for gpu in gpus if _is_named(gpu, entry)]
+        if not named:
+            break
+        left.extend(gpu for gpu in named if gpu not in left)
+    return left
+
+
+def _is_named(gpu: Gpu, entry: str) -> bool:
+    if entry.isdecimal():
+        return gpu.index == int(entry)
+    return entry.startswith(("GPU-", "MIG-")) and (gpu.uuid.startswith(entry) or gpu.parent.startswith(entry))
