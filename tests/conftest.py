@@ -22,6 +22,8 @@ from virnucpro_core.stack.processes import Secrets, choose_port
 from virnucpro_core.stack.stack import Stack
 from virnucpro_core.stack.valkey import DATABASES, ValkeyServer
 
+pytest_plugins = ["tests.fixtures_model"]
+
 MIGRATED = "migrated"  # the template that each test's ledger is copied from
 UNDURABLE = {"fsync": "off", "synchronous_commit": "off"}  # a test's database need not survive the machine
 

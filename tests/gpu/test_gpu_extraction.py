@@ -13,13 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from structlog.testing import capture_logs
 from torch import Tensor
 
+from virnucpro_core.embedding import loading
 from virnucpro_core.embedding.checkpoint import inspect_checkpoint
 from virnucpro_core.embedding.execution import KernelPlan
 from virnucpro_core.embedding.extraction import Extraction, embed
-from virnucpro_core.embedding.loading import build_model, load_fast_esm, open_weights
+from virnucpro_core.embedding.loading import build_model, explain_missing, load_fast_esm, open_weights
 from virnucpro_core.embedding.model import FastEsm
+from virnucpro_core.embedding.packing import PACK_TOKENS
 from virnucpro_core.embedding.selftest import LIMITS, embed_with_transformers, run_selftest
 from virnucpro_core.failures import FailureReason
 from virnucpro_core.recipe import Dtype
@@ -39,10 +43,22 @@ def parse(sequences: list[str], truncation: int = 1024) -> RecordBatch:
     return parse_records(fasta.encode(), first_record=1, truncation=truncation)
 
 
+@pytest.fixture(params=[KernelPlan.PACKED_FUSED, KernelPlan.PACKED_VARLEN])
+def plan(request: pytest.FixtureRequest) -> KernelPlan:
+    """Each plan for half precision; the fused one only where it runs."""
+    if request.param is KernelPlan.PACKED_FUSED and (missing := explain_missing(CUDA)):
+        pytest.skip(missing)
+    return KernelPlan(request.param)
+
+
 @pytest.fixture
-def half_model(demo_checkpoint: Path) -> FastEsm:
-    """The demonstration checkpoint in float16."""
-    return load_fast_esm(demo_checkpoint, device="cuda")
+def half_model(demo_checkpoint: Path, plan: KernelPlan) -> FastEsm:
+    """The demonstration checkpoint in float16, under each plan."""
+    return load(demo_checkpoint, "float16", plan)
+
+
+def load(folder: Path, dtype: Dtype, plan: KernelPlan) -> FastEsm:
+    return build_model(open_weights(inspect_checkpoint(folder)), CUDA, dtype, plan)
 
 
 @pytest.fixture
@@ -60,29 +76,73 @@ def limit_memory() -> Iterator[Callable[[int], None]]:
     torch.cuda.empty_cache()
 
 
-def test_half_precision_is_packed_and_float32_is_not(demo_checkpoint: Path, half_model: FastEsm) -> None:
-    assert half_model.dtype == "float16"
-    assert half_model.execution().plan is KernelPlan.PACKED_VARLEN
-    assert half_model.execution().pack_tokens == 16_384
+def measure_distance(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
+    """The largest relative L2 distance of a row."""
+    return float((np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)).max())
+
+
+def test_half_precision_is_packed_and_float32_is_not(demo_checkpoint: Path, plan: KernelPlan) -> None:
+    if plan is KernelPlan.PACKED_FUSED:
+        model = load_fast_esm(demo_checkpoint, device="cuda")
+        assert model.execution().triton
+    else:
+        model = load(demo_checkpoint, "float16", plan)
+        assert not model.execution().triton
+    assert (model.dtype, model.plan, model.execution().pack_tokens) == ("float16", plan, PACK_TOKENS)
     assert load_fast_esm(demo_checkpoint, device="cuda", dtype="float32").plan is KernelPlan.SINGLE_SDPA
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_embeddings_are_close_to_those_of_transformers(
-    demo_checkpoint: Path, make_proteins: MakeProteins, dtype: Dtype
+def test_a_slower_plan_is_logged_with_its_reason(
+    demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "explain_missing", lambda _: "Triton is missing")
+    with capture_logs() as logs:
+        assert load_fast_esm(demo_checkpoint, device="cuda").plan is KernelPlan.PACKED_VARLEN
+    [entry] = logs
+    assert (entry["event"], entry["reason"], entry["plan"]) == (
+        "fused_kernels_missing",
+        "Triton is missing",
+        KernelPlan.PACKED_VARLEN,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_close_to_transformers(
+    demo_checkpoint: Path, make_proteins: MakeProteins, plan: KernelPlan, dtype: Dtype
 ) -> None:
     sequences = make_proteins(*LENGTHS)
-    ours = embed(load_fast_esm(demo_checkpoint, device="cuda", dtype=dtype), parse(sequences)).embeddings
+    ours = embed(load(demo_checkpoint, dtype, plan), parse(sequences)).embeddings
     theirs = embed_with_transformers(inspect_checkpoint(demo_checkpoint), sequences, CUDA).numpy()
-    relative = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)
-    assert relative.max() <= LIMITS[dtype]
+    assert measure_distance(ours, theirs) <= LIMITS[dtype]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_float32_is_close_to_transformers(demo_checkpoint: Path, make_proteins: MakeProteins) -> None:
+    sequences = make_proteins(*LENGTHS)
+    ours = embed(load_fast_esm(demo_checkpoint, device="cuda", dtype="float32"), parse(sequences)).embeddings
+    theirs = embed_with_transformers(inspect_checkpoint(demo_checkpoint), sequences, CUDA).numpy()
+    assert measure_distance(ours, theirs) <= LIMITS["float32"]
+
+
+def test_both_plans_agree(demo_checkpoint: Path, half_model: FastEsm, make_proteins: MakeProteins) -> None:
+    batch = parse(make_proteins(*LENGTHS, 2500), truncation=3000)
+    eager = embed(load(demo_checkpoint, "float16", KernelPlan.PACKED_VARLEN), batch).embeddings
+    assert measure_distance(embed(half_model, batch).embeddings, eager) <= LIMITS["float16"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_nothing_beside_a_sequence_changes_a_byte(
-    demo_checkpoint: Path, make_proteins: MakeProteins, dtype: Dtype
+    demo_checkpoint: Path, make_proteins: MakeProteins, plan: KernelPlan, dtype: Dtype
 ) -> None:
-    model = load_fast_esm(demo_checkpoint, device="cuda", dtype=dtype)
+    check_neighbours(load(demo_checkpoint, dtype, plan), make_proteins)
+
+
+def test_nothing_beside_a_sequence_changes_a_byte_in_float32(
+    demo_checkpoint: Path, make_proteins: MakeProteins
+) -> None:
+    check_neighbours(load_fast_esm(demo_checkpoint, device="cuda", dtype="float32"), make_proteins)
+
+
+def check_neighbours(model: FastEsm, make_proteins: MakeProteins) -> None:
     sequences = make_proteins(*LENGTHS * 8)
     expected = embed(model, parse(sequences)).embeddings
     assert expected.tobytes() == embed(model, parse(sequences)).embeddings.tobytes()
@@ -91,7 +151,7 @@ def test_nothing_beside_a_sequence_changes_a_byte(
     assert expected[: len(LENGTHS)].tobytes() == np.concatenate(alone).tobytes()
 
 
-@pytest.mark.parametrize("toks_per_batch", [256, 1024, 4096, 65_536])
+@pytest.mark.parametrize("toks_per_batch", [512, 1000, 4096, 10_001, 65_536])
 def test_the_size_of_packs_changes_no_byte(
     half_model: FastEsm, make_proteins: MakeProteins, toks_per_batch: int
 ) -> None:
@@ -111,7 +171,7 @@ def test_packs_are_halved_until_they_fit_with_the_same_bytes(
     assert halved.failures == []
     assert halved.embeddings.tobytes() == expected.embeddings.tobytes()
     assert half_model.fitting_tokens is not None
-    assert half_model.fitting_tokens <= 8192
+    assert half_model.fitting_tokens <= PACK_TOKENS // 2
     assert halved.execution == expected.execution
     assert sum(done) == len(batch.ids)
 
@@ -129,7 +189,7 @@ def test_a_record_that_does_not_fit_fails_alone(
 
 
 def test_rows_that_overflow_are_computed_in_float32(
-    demo_checkpoint: Path, half_model: FastEsm, make_proteins: MakeProteins
+    demo_checkpoint: Path, half_model: FastEsm, make_proteins: MakeProteins, plan: KernelPlan
 ) -> None:
     weights = open_weights(inspect_checkpoint(demo_checkpoint))
 
@@ -144,7 +204,7 @@ def test_rows_that_overflow_are_computed_in_float32(
     changed = replace(weights, read_tensor=read_tensor)
     sequences = make_proteins(50, 165)
     batch = parse([sequences[0], "MKBVL", sequences[1], "MKZVL"])
-    extraction = embed(build_model(changed, CUDA, "float16"), batch)
+    extraction = embed(build_model(changed, CUDA, "float16", plan), batch)
     wide = embed(build_model(changed, CUDA, "float32"), batch)
     assert [(failure.record, failure.reason) for failure in extraction.failures] == [
         (4, FailureReason.NON_FINITE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from structlog.testing import capture_logs
 
 from virnucpro_core import extract
+from virnucpro_core.embedding import loading
+from virnucpro_core.embedding.checkpoint import inspect_checkpoint
+from virnucpro_core.embedding.execution import KernelPlan
 from virnucpro_core.embedding.extraction import InputRange
-from virnucpro_core.embedding.loading import load_fast_esm
+from virnucpro_core.embedding.loading import build_model, load_fast_esm, open_weights
 from virnucpro_core.embedding.model import FastEsm
 from virnucpro_core.errors import ExecutionError, InputError, NucleotideInputError, WeightsError
 from virnucpro_core.failures import FailureReason
@@ -183,6 +188,7 @@ def test_the_execution_class_names_what_bytes_depend_on(demo_model: FastEsm) -> 
     execution = demo_model.execution()
     assert execution.to_json() == {
         "torch": torch.__version__,
+        "triton": "",
         "device": "cpu",
         "hardware": execution.hardware,
         "dtype": "float32",
@@ -191,3 +197,17 @@ def test_the_execution_class_names_what_bytes_depend_on(demo_model: FastEsm) -> 
         "threads": torch.get_num_threads(),
     }
     assert demo_model.execution(512) == execution
+
+
+def test_kernels_that_cannot_be_loaded_are_logged(
+    demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = open_weights(inspect_checkpoint(demo_checkpoint))
+    monkeypatch.setitem(sys.modules, "virnucpro_core.embedding.fused", None)
+    monkeypatch.setattr(loading, "choose_plan", lambda *_: KernelPlan.PACKED_FUSED)
+    with capture_logs() as logs:
+        assert build_model(weights, torch.device("cpu"), "float32").plan is KernelPlan.PACKED_VARLEN
+    [entry] = logs
+    assert (entry["event"], entry["plan"]) == ("fused_kernels_failed", KernelPlan.PACKED_VARLEN)
+    with pytest.raises(ImportError):
+        build_model(weights, torch.device("cpu"), "float32", KernelPlan.PACKED_FUSED)

@@ -112,7 +112,7 @@ def packing_model(demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Fas
     return model
 
 
-@pytest.mark.parametrize("toks_per_batch", [256, 700])
+@pytest.mark.parametrize("toks_per_batch", [512, 700])
 def test_packed_sequences_equal_single_ones(
     demo_model: FastEsm, packing_model: FastEsm, make_proteins: MakeProteins, toks_per_batch: int
 ) -> None:
@@ -129,17 +129,17 @@ def test_packs_are_halved_until_they_fit(
     packing_model: FastEsm, make_proteins: MakeProteins, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = parse(make_proteins(100, 300, 50, 1, 700, 165, 33))
-    whole = embed(packing_model, batch, toks_per_batch=1500)
+    whole = embed(packing_model, batch, toks_per_batch=2400)
 
     def attend_if_it_fits(query: Tensor, *rest: Tensor) -> Tensor:
-        if len(query) > 500:
+        if len(query) > 700:
             raise torch.OutOfMemoryError
         return attend_segments(query, *rest)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend_if_it_fits)
     done: list[int] = []
-    halved = embed(packing_model, batch, toks_per_batch=1500, on_progress=done.append)
-    assert packing_model.fitting_tokens == 375
+    halved = embed(packing_model, batch, toks_per_batch=2400, on_progress=done.append)
+    assert packing_model.fitting_tokens == 600
     assert [(failure.record, failure.reason) for failure in halved.failures] == [(5, FailureReason.OOM)]
     assert "702 tokens" in halved.failures[0].detail
     kept = np.isin(whole.records, halved.records)

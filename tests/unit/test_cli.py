@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Command = Callable[..., Completed]
 
 pytestmark = pytest.mark.unit
-pytest_plugins = ["tests.fixtures_model", "tests.fixtures_command"]
+pytest_plugins = ["tests.fixtures_command"]
 
 HEAVY = {"torch", "transformers", "sqlalchemy", "alembic", "airflow", "celery", "huggingface_hub", "numpy"}
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virnucpro_core import get_batch_indices
-from virnucpro_core.embedding.packing import LONGEST, build_pack
+from virnucpro_core.embedding.packing import LONGEST, TILE_QUERIES, build_pack, plan_tiles
 from virnucpro_core.sequences.residues import CLS, EOS, PAD
 
 pytestmark = pytest.mark.unit
@@ -31,6 +31,35 @@ def test_no_sequences_make_no_batches() -> None:
 
 def test_batches_are_filled() -> None:
     assert get_batch_indices([98] * 40, 2000) == [list(range(20)), list(range(20, 40))]
+
+
+def test_what_a_batch_has_no_room_for_is_replaced_by_the_longest_that_fits() -> None:
+    assert get_batch_indices([700, 20, 600, 250, 280, 30], 1000) == [[0, 4], [2, 3, 5, 1]]
+
+
+@given(lengths_of_sequences, st.integers(1, 5000))
+def test_batches_begin_with_the_longest_that_is_left(lengths: list[int], budget: int) -> None:
+    left = sorted(lengths, reverse=True)
+    for batch in get_batch_indices(lengths, budget):
+        taken = [lengths[index] for index in batch]
+        assert taken == sorted(taken, reverse=True)
+        assert taken[0] == left[0]
+        for length in taken:
+            left.remove(length)
+        room = budget - sum(length + 2 for length in taken)
+        assert all(length + 2 > room for length in left)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=30))
+def test_tiles_cover_every_row_once(sizes: list[int]) -> None:
+    bounds = np.cumsum([0, *sizes]).astype(np.int32)
+    tiles = plan_tiles(bounds)
+    assert tiles.dtype == np.int32
+    rows = []
+    for begin, length, query in tiles.tolist():
+        assert (begin, begin + length) in zip(bounds.tolist(), bounds.tolist()[1:], strict=False)
+        rows += range(begin + query, begin + min(query + TILE_QUERIES, length))
+    assert rows == list(range(sum(sizes)))
 
 
 @given(sequences, st.integers(0, 2500))

@@ -20,8 +20,14 @@ if TYPE_CHECKING:
 class KernelPlan(StrEnum):
     """How sequences go through the device. A change that alters bytes needs a new name."""
 
+    PACKED_FUSED = "packed-fused"
     PACKED_VARLEN = "packed-varlen-eager"
     SINGLE_SDPA = "single-sdpa-eager"
+
+    @property
+    def packed(self) -> bool:
+        """Whether sequences go through the device in packs of fixed size, not one at a time."""
+        return self is not KernelPlan.SINGLE_SDPA
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +36,7 @@ class ExecutionClass:
 
     Attributes:
         torch: its version, with the build's suffix.
+        triton: its version, which compiles the fused kernels; empty where the plan does without.
         device: `cpu` or `cuda`.
         hardware: the processor's or GPU's name, with its instruction set or compute capability.
         dtype: precision of the forward pass.
@@ -39,6 +46,7 @@ class ExecutionClass:
     """
 
     torch: str
+    triton: str
     device: str
     hardware: str
     dtype: Dtype
@@ -57,7 +65,8 @@ class ExecutionClass:
 
     def __str__(self) -> str:
         shape = f"packs of {self.pack_tokens}" if self.pack_tokens else f"{self.threads} threads"
-        return f"{self.plan}, {self.dtype}, {shape}, torch {self.torch}, {self.hardware}"
+        versions = f"torch {self.torch}" + (f", triton {self.triton}" if self.triton else "")
+        return f"{self.plan}, {self.dtype}, {shape}, {versions}, {self.hardware}"
 
 
 def describe_execution(
@@ -75,13 +84,21 @@ def describe_execution(
         threads = torch.get_num_threads()
     return ExecutionClass(
         torch=str(torch.__version__),
+        triton=_triton_version() if plan is KernelPlan.PACKED_FUSED else "",
         device=device.type,
         hardware=hardware,
         dtype=dtype,
         plan=plan,
-        pack_tokens=pack_tokens if plan is KernelPlan.PACKED_VARLEN else 0,
+        pack_tokens=pack_tokens if plan.packed else 0,
         threads=threads,
     )
+
+
+def _triton_version() -> str:
+    # Its distribution goes by several names, so the metadata do not tell.
+    import triton
+
+    return str(triton.__version__)
 
 
 @cache

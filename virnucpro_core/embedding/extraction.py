@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from virnucpro_core.embedding.execution import ExecutionClass, KernelPlan
+from virnucpro_core.embedding.execution import ExecutionClass
 from virnucpro_core.embedding.loading import ModelSource, build_model, load_fast_esm
 from virnucpro_core.embedding.model import FastEsm
 from virnucpro_core.embedding.packing import (
@@ -33,11 +33,9 @@ from virnucpro_core.recipe import EMBEDDING_WIDTH, TRUNCATION, ResiduePolicy
 from virnucpro_core.sequences.compression import Compression
 from virnucpro_core.sequences.fasta import RecordBatch, parse_records
 from virnucpro_core.sequences.scan import ChunkRange, read_range, scan_input
+from virnucpro_core.sizes import CHUNK_TOKENS
 
 log = structlog.get_logger()
-
-CHUNK_TOKENS = 2_000_000
-"""Tokens of a file that are read and embedded at a time."""
 
 OnProgress = Callable[[int], None]
 """Called with the number of records that are done since the last call, embedded or failed."""
@@ -153,7 +151,7 @@ def embed(
     Args:
         model: what computes.
         batch: records as `parse_records` returns them.
-        toks_per_batch: tokens in a pack on a GPU, at least 256.
+        toks_per_batch: tokens in a pack on a GPU, at least 512.
         on_progress: told as records get done.
     """
     started = time.perf_counter()
@@ -256,14 +254,14 @@ class _Run:
         return min(self.pack_tokens, self.model.fitting_tokens or self.pack_tokens)
 
     def _plan(self, members: NDArray[np.int64]) -> Sequence[NDArray[np.int64]]:
-        if self.model.plan is KernelPlan.SINGLE_SDPA:
+        if not self.model.plan.packed:
             return [members[place : place + 1] for place in range(len(members))]
         lengths = np.diff(self.offsets)[members]
         return [members[batch] for batch in plan_batches(lengths, self._size())]
 
     def _start(self, members: NDArray[np.int64]) -> _Transfer | None:
         """Starts one pack, or returns None where memory does not suffice."""
-        rows = self._size() if self.model.plan is KernelPlan.PACKED_VARLEN else None
+        rows = self._size() if self.model.plan.packed else None
         pack = build_pack(self.tokens, self.offsets, members, rows)
         try:
             pooled = self.model.embed_pack(pack)
@@ -290,7 +288,7 @@ class _Run:
         torch.cuda.empty_cache()
         tokens = np.diff(self.offsets)[members] + EXTRA_TOKENS
         size = self._size()
-        if self.model.plan is KernelPlan.PACKED_VARLEN and size > max(LEAST_PACK_TOKENS, tokens.max()):
+        if self.model.plan.packed and size > max(LEAST_PACK_TOKENS, tokens.max()):
             self.model.fitting_tokens = max(size // 2, LEAST_PACK_TOKENS)
             log.warning("gpu_memory_full", pack_tokens=size, now=self.model.fitting_tokens)
             return True

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
@@ -27,6 +31,10 @@ from virnucpro_core.embedding.execution import KernelPlan
 from virnucpro_core.embedding.model import TORCH_DTYPES, Encoder, FastEsm, Weights
 from virnucpro_core.errors import ExecutionError, WeightsError
 from virnucpro_core.recipe import EMBEDDING_WIDTH, Dtype
+
+if TYPE_CHECKING:
+    # It needs Triton, which only the plan that uses it may ask for.
+    from virnucpro_core.embedding.fused import FusedEncoder
 
 log = structlog.get_logger()
 
@@ -162,8 +170,20 @@ def adopt_weights(module: nn.Module) -> Weights:
     )
 
 
-def build_model(weights: Weights, device: torch.device, dtype: Dtype) -> FastEsm:
-    """Puts weights on a device, tensor by tensor, and chooses the kernel plan."""
+def build_model(
+    weights: Weights, device: torch.device, dtype: Dtype, plan: KernelPlan | None = None
+) -> FastEsm:
+    """Puts weights on a device, tensor by tensor, ready to compute.
+
+    Args:
+        weights: the tensors.
+        device: where to.
+        dtype: precision of the forward pass.
+        plan: the kernel plan, for comparisons; the fastest that runs here if none is given.
+
+    Raises:
+        ImportError, ExecutionError: the fused plan was asked for and does not run here.
+    """
     with torch.device("meta"):
         encoder = Encoder(weights.layers, weights.token_dropout)
     encoder = (
@@ -171,16 +191,55 @@ def build_model(weights: Weights, device: torch.device, dtype: Dtype) -> FastEsm
     )
     with torch.no_grad():
         fill_encoder(encoder, weights.read_tensor)
-    packed = has_packed_attention(device, TORCH_DTYPES[dtype])
-    if device.type == "cuda" and not packed and dtype != "float32":
-        log.warning(
-            "packed_attention_missing",
-            device=torch.cuda.get_device_name(device),
-            torch=torch.__version__,
-            plan=KernelPlan.SINGLE_SDPA,
-        )
-    plan = KernelPlan.PACKED_VARLEN if packed else KernelPlan.SINGLE_SDPA
-    return FastEsm(weights=weights, encoder=encoder, device=device, dtype=dtype, plan=plan)
+    chosen = plan or choose_plan(device, dtype)
+    if chosen is KernelPlan.PACKED_FUSED:
+        try:
+            fused = _fuse_encoder(encoder)
+            return FastEsm(weights=weights, encoder=fused, device=device, dtype=dtype, plan=chosen)
+        except (ImportError, ExecutionError) as error:
+            if plan is not None:
+                raise
+            chosen = KernelPlan.PACKED_VARLEN
+            log.warning("fused_kernels_failed", reason=str(error), plan=chosen)
+    return FastEsm(weights=weights, encoder=encoder, device=device, dtype=dtype, plan=chosen)
+
+
+def choose_plan(device: torch.device, dtype: Dtype) -> KernelPlan:
+    """The fastest kernel plan that runs here; in half precision the log names what a slower one lacks."""
+    if device.type != "cuda" or dtype == "float32":
+        return KernelPlan.SINGLE_SDPA
+    missing = explain_missing(device)
+    if missing is None:
+        return KernelPlan.PACKED_FUSED
+    if has_packed_attention(device, TORCH_DTYPES[dtype]):
+        plan = KernelPlan.PACKED_VARLEN
+    else:
+        plan = KernelPlan.SINGLE_SDPA
+        missing += "; packed attention needs torch 2.10 and compute capability 8.0"
+    log.warning("fused_kernels_missing", reason=missing, plan=plan, device=str(device))
+    return plan
+
+
+def explain_missing(device: torch.device) -> str | None:
+    """Why the fused kernels do not run on a GPU; None if they do."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return "they are made for Hopper GPUs (compute capability 9.0)"
+    if find_spec("triton") is None:
+        return "Triton is missing"
+    # Triton builds its launcher when it first runs a kernel.
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):
+        return "Triton needs a C compiler (gcc, clang or CC)"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Triton needs Python's C headers"
+    return None
+
+
+def _fuse_encoder(encoder: Encoder) -> FusedEncoder:
+    from virnucpro_core.embedding.fused import FusedEncoder
+
+    fused = FusedEncoder(encoder)
+    fused.warm_up()
+    return fused
 
 
 def fill_encoder(encoder: Encoder, read_tensor: Callable[[str], Tensor]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,8 +22,12 @@ from virnucpro_core.embedding.checkpoint import (
     Checkpoint,
 )
 from virnucpro_core.embedding.execution import ExecutionClass, KernelPlan, describe_execution
-from virnucpro_core.embedding.packing import PACK_TOKENS, Pack
+from virnucpro_core.embedding.packing import PACK_TOKENS, Pack, plan_tiles
 from virnucpro_core.recipe import EMBEDDING_WIDTH, TRUNCATION, Dtype, Recipe, ResiduePolicy
+
+if TYPE_CHECKING:
+    # It needs Triton, which only the plan that uses it may ask for.
+    from virnucpro_core.embedding.fused import FusedEncoder
 
 TOKEN_DROPOUT_SCALE = 0.88
 """1 - 0.15 * 0.8: in training 15% of tokens were chosen and 80% of those zeroed; in use nothing is."""
@@ -171,7 +177,7 @@ class FastEsm:
 
     Attributes:
         weights: where the tensors came from.
-        encoder: the module, on `device` in `dtype`.
+        encoder: the weights on `device` in `dtype`, and the forward pass of the kernel plan.
         device: where it computes.
         dtype: precision of the forward pass.
         plan: the kernel plan.
@@ -179,7 +185,7 @@ class FastEsm:
     """
 
     weights: Weights
-    encoder: Encoder
+    encoder: Encoder | FusedEncoder
     device: torch.device
     dtype: Dtype
     plan: KernelPlan
@@ -200,15 +206,16 @@ class FastEsm:
         Returns:
             float32 (n, 1280) on the device, in the pack's order. On CUDA it is still being computed.
         """
-        tokens, positions, bounds, pieces = (
-            self._send(torch.from_numpy(array))
-            for array in (pack.tokens, pack.positions, pack.bounds, pack.pieces)
-        )
-        segments = Segments(bounds, pack.longest)
-        hidden = self.encoder(tokens.int(), positions, segments, _ATTENTION[self.plan])
-        return pool_residues(hidden, pieces, int(pack.pieces.sum()))
+        tokens, positions = self._send(pack.tokens).int(), self._send(pack.positions)
+        segments = Segments(self._send(pack.bounds), pack.longest)
+        if isinstance(self.encoder, Encoder):
+            hidden = self.encoder(tokens, positions, segments, _ATTENTION[self.plan])
+            return pool_residues(hidden, self._send(pack.pieces), int(pack.pieces.sum()))
+        tiles = self._send(plan_tiles(pack.bounds))
+        return self.encoder(tokens, positions, segments, tiles, sequences=len(pack.pieces) // 2)
 
-    def _send(self, tensor: Tensor) -> Tensor:
+    def _send(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array)
         if self.device.type != "cuda":
             return tensor
         # torch's cache of pinned memory waits for the copy before it hands the block out again.

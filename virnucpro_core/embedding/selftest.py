@@ -21,6 +21,7 @@ from virnucpro_core.embedding.loading import build_model, choose_device, find_ch
 from virnucpro_core.embedding.model import FastEsm
 from virnucpro_core.errors import ArtifactError, VirnucproError, WeightsError
 from virnucpro_core.features.files import new_file
+from virnucpro_core.features.merging import NUCLEOTIDE_WIDTH
 from virnucpro_core.features.validation import validate_embeddings
 from virnucpro_core.recipe import EMBEDDING_WIDTH, TRUNCATION, Dtype
 from virnucpro_core.sequences.residues import CLS, EOS, VOCABULARY
@@ -29,8 +30,6 @@ VERDICT_NAME = "selftest.json"
 
 LENGTHS = (20, 52, 96, 497, 1201, 20)
 """Residues of the six proteins; the fifth is truncated."""
-
-NUCLEOTIDE_WIDTH = 768
 
 LIMITS: dict[Dtype, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 """Largest relative L2 distance of an embedding from `transformers.EsmModel` in float32. bfloat16 has three

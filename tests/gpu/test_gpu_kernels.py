@@ -1,0 +1,113 @@
+"""The fused plan's kernels, each against torch in float32, and what happens where they do not compile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from structlog.testing import capture_logs
+from torch import Tensor
+from torch.nn import functional
+
+from virnucpro_core.embedding.checkpoint import HEAD_WIDTH, HEADS, MLP_WIDTH, inspect_checkpoint
+from virnucpro_core.embedding.execution import KernelPlan
+from virnucpro_core.embedding.loading import build_model, explain_missing, load_fast_esm, open_weights
+from virnucpro_core.embedding.model import rotate, rotation
+from virnucpro_core.embedding.packing import plan_tiles
+from virnucpro_core.errors import ExecutionError
+from virnucpro_core.recipe import EMBEDDING_WIDTH
+
+triton = pytest.importorskip("triton")
+kernels = pytest.importorskip("virnucpro_core.embedding.kernels")
+fused = pytest.importorskip("virnucpro_core.embedding.fused")
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda")
+SIZES = (3, 64, 65, 130, 1026, 200, 1)
+BOUNDS = np.cumsum((0, *SIZES)).astype(np.int32)
+ROWS = int(BOUNDS[-1])
+
+
+@pytest.fixture(autouse=True)
+def _needs_hopper() -> None:
+    if missing := explain_missing(CUDA):
+        pytest.skip(missing)
+
+
+def draw(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator(CUDA).manual_seed(seed)
+    return (scale * torch.randn(*shape, device=CUDA, generator=generator)).half()
+
+
+def test_the_product_with_gelu() -> None:
+    rows, weight, bias = (
+        draw(ROWS, EMBEDDING_WIDTH),
+        draw(MLP_WIDTH, EMBEDDING_WIDTH, scale=0.06),
+        draw(MLP_WIDTH),
+    )
+    expected = functional.gelu(functional.linear(rows.float(), weight.float(), bias.float()))
+    computed = kernels.linear_gelu(rows, weight, bias).float()
+    torch.testing.assert_close(computed, expected, rtol=1e-3, atol=2e-4)
+
+
+def test_the_product_with_rotary() -> None:
+    rows, weight, bias = (
+        draw(ROWS, EMBEDDING_WIDTH),
+        draw(3 * EMBEDDING_WIDTH, EMBEDDING_WIDTH, scale=0.03),
+        draw(3 * EMBEDDING_WIDTH),
+    )
+    positions = (torch.arange(ROWS, device=CUDA) % 1026).int()
+    straight = functional.linear(rows.float(), weight.float(), bias.float()).view(ROWS, 3, HEADS, HEAD_WIDTH)
+    turned = rotate(straight[:, :2], *rotation(positions))
+    expected = torch.cat((turned, straight[:, 2:]), dim=1).view(ROWS, -1)
+    projected = kernels.linear_rotary(rows, weight, bias, positions, fused.rotation_tables(1026, CUDA))
+    torch.testing.assert_close(projected.float(), expected, rtol=1e-3, atol=4e-3)
+
+
+def test_attention_stays_within_a_sequence() -> None:
+    projected = draw(ROWS, 3 * EMBEDDING_WIDTH)
+    projected[BOUNDS[2] : BOUNDS[3]] = torch.nan
+    attended = kernels.attend(projected, torch.from_numpy(plan_tiles(BOUNDS)).to(CUDA)).float()
+    for begin, end in zip(BOUNDS.tolist(), BOUNDS.tolist()[1:], strict=False):
+        parts = projected[begin:end].float().view(-1, 3, HEADS, HEAD_WIDTH).permute(1, 2, 0, 3)
+        expected = functional.scaled_dot_product_attention(*parts).transpose(0, 1).reshape(end - begin, -1)
+        torch.testing.assert_close(attended[begin:end], expected, rtol=1e-3, atol=2e-3, equal_nan=True)
+    assert int(attended.isnan().any(dim=1).sum()) == SIZES[2]
+
+
+def test_the_norm_adds_the_shift() -> None:
+    hidden = draw(ROWS, EMBEDDING_WIDTH, scale=30)
+    shift, weight, bias = (draw(EMBEDDING_WIDTH, seed=seed).float() for seed in (1, 2, 3))
+    expected = functional.layer_norm(hidden.float() + shift, (EMBEDDING_WIDTH,), weight, bias, 1e-5)
+    wide = kernels.norm(hidden, shift, weight, bias, torch.float32)
+    torch.testing.assert_close(wide, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(kernels.norm(hidden, shift, weight, bias), wide.half())
+
+
+def test_pooling_leaves_out_both_ends() -> None:
+    normed = draw(ROWS, EMBEDDING_WIDTH).float()
+    pooled = kernels.pool(normed, torch.from_numpy(BOUNDS).to(CUDA), len(SIZES) - 1)
+    for row, begin, end in zip(pooled, BOUNDS.tolist(), BOUNDS.tolist()[1:], strict=False):
+        torch.testing.assert_close(row, normed[begin + 1 : end - 1].mean(dim=0), rtol=1e-5, atol=1e-6)
+
+
+@triton.jit
+def _refuse(out):
+    triton.language.static_assert(out is None)
+
+
+def test_kernels_that_do_not_compile_are_replaced_and_logged(
+    demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "attend", lambda projected, _: _refuse[(1,)](projected))
+    with capture_logs() as logs:
+        assert load_fast_esm(demo_checkpoint, device="cuda").plan is KernelPlan.PACKED_VARLEN
+    [entry] = logs
+    assert (entry["event"], entry["plan"]) == ("fused_kernels_failed", KernelPlan.PACKED_VARLEN)
+    assert "do not compile" in entry["reason"]
+    weights = open_weights(inspect_checkpoint(demo_checkpoint))
+    with pytest.raises(ExecutionError):
+        build_model(weights, CUDA, "float16", KernelPlan.PACKED_FUSED)
