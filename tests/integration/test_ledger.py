@@ -78,6 +78,15 @@ def test_a_job_runs_through_its_stages_and_conserves_records(tx: Connection) -> 
     assert queries.submissions_of(tx, job_id)[0].published_generation == 1
 
 
+@pytest.mark.parametrize("records_each", [1_000, 30_000, 2**31])
+def test_records_beyond_small_integers_are_committed(tx: Connection, records_each: int) -> None:
+    scanned = jobs.scan(chunks=40 if records_each == 1_000 else 2, records_each=records_each)
+    job_id = jobs.register(tx, scanned).job_id
+    jobs.run_job(tx, job_id, jobs.start_worker(tx), failures=1)
+    job = queries.get_job(tx, job_id)
+    assert (job.state, job.embeddings + job.failed) == ("succeeded", job.records)
+
+
 def test_a_chunk_is_claimed_once(tx: Connection) -> None:
     job_id = jobs.register(tx, jobs.scan()).job_id
     first, second = jobs.start_worker(tx, "one"), jobs.start_worker(tx, "two")

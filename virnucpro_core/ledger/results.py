@@ -17,12 +17,13 @@ def replace_failures(tx: Connection, work: Work, failures: Sequence[Failure]) ->
     """Record the failures of a chunk, in place of those that an earlier run of it recorded."""
     tx.execute(
         text("""DELETE FROM failures WHERE job_id = :job AND generation = :generation
-                   AND record >= :first AND record < :first + :records"""),
+                   AND record BETWEEN :first AND :last"""),
         {
             "job": work.job_id,
             "generation": work.generation,
             "first": work.range.first_record,
-            "records": work.range.records,
+            # Not added up in SQL: psycopg sends small numbers as smallint, and their sum may not fit one.
+            "last": work.range.first_record + work.range.records - 1,
         },
     )
     if failures:
