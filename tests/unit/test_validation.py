@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from virnucpro_core.features.exports import write_export, write_pt
 from virnucpro_core.features.files import Written, hash_file
 from virnucpro_core.features.matrices import Matrix, open_matrix, write_matrix
-from virnucpro_core.features.merging import merge_features
+from virnucpro_core.features.merging import merge_features, read_nucleotides
 from virnucpro_core.features.validation import (
     Verdict,
     validate_embeddings,
@@ -197,7 +197,9 @@ def test_a_flipped_bit_of_an_export_is_told(tmp_path: Path, matrix: Matrix) -> N
 def merged(tmp_path: Path, matrix: Matrix) -> Written:
     entries = [{"label": "x", "mean_representation": row} for row in make_rows(5, 768).tolist()]
     torch.save({"nucleotide": matrix.ids(), "data": entries}, tmp_path / "n.pt")
-    return merge_features(tmp_path / "n.pt", matrix, tmp_path / "x_merged.pt", records=6, data_type="host")
+    return merge_features(
+        read_nucleotides(tmp_path / "n.pt"), matrix, tmp_path / "x_merged.pt", records=6, data_type="host"
+    )
 
 
 def test_a_sound_merged_file_has_no_errors(merged: Written, matrix: Matrix) -> None:
