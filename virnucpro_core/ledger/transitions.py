@@ -1,4 +1,4 @@
-"""The ledger's transitions: claim, complete, fail, hand back, and what follows from them.
+"""The ledger's transitions: claim, complete, fail, and what follows from them.
 
 Each function is one step of the caller's transaction. Whoever changes a chunk in a way that moves its job
 locks the job's row first, then the chunk's: one order, so that two of them wait instead of deadlocking.
@@ -74,9 +74,9 @@ COUNT_CHUNK = text("""
     RETURNING chunks_left
 """)
 
-HAND_BACK = text("""
+TRY_AGAIN = text("""
     UPDATE chunks
-       SET state = 'pending', lease_token = NULL, error = coalesce(:error, error), attempts = attempts - :forgiven
+       SET state = 'pending', lease_token = NULL, error = :error
      WHERE id = :chunk AND lease_token = :token
 """)
 
@@ -244,7 +244,7 @@ def fail(tx: Connection, claim: Claim, error: str, *, max_attempts: int, permane
             raise stale(claim)
         fail_job(tx, claim.work.job_id, f"{claim.work.title}: {error}")
         return "failed"
-    if tx.execute(HAND_BACK, {**lease, "forgiven": 0}).rowcount == 0:
+    if tx.execute(TRY_AGAIN, lease).rowcount == 0:
         raise stale(claim)
     enqueue(tx, claim.work.chunk_id, delay=float(claim.attempt**2))
     return "pending"
@@ -268,18 +268,6 @@ def withdraw_messages(tx: Connection, job_id: int) -> None:
         text("DELETE FROM outbox o USING chunks c WHERE c.id = o.chunk_id AND c.job_id = :job"),
         {"job": job_id},
     )
-
-
-def hand_back(tx: Connection, claim: Claim) -> None:
-    """Return a chunk untouched, without counting the attempt (a worker that shuts down).
-
-    Raises:
-        StaleLeaseError: if the lease has passed to somebody else.
-    """
-    lease = {"chunk": claim.work.chunk_id, "token": claim.token, "error": None, "forgiven": 1}
-    if tx.execute(HAND_BACK, lease).rowcount == 0:
-        raise stale(claim)
-    enqueue(tx, claim.work.chunk_id)
 
 
 def advance(tx: Connection, job_id: int) -> str:
