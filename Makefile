@@ -4,16 +4,20 @@
 #   TORCH_INDEX=URL       a further package index, for another build of torch (the CPU's is a tenth of the size:
 #                         https://download.pytorch.org/whl/cpu)
 #   FASTA=path            what `make run` embeds
+#   RUNS=number           how many inputs `make fuzz` tries
+#   SEEDS=n               how many schedules of faults `make chaos` runs
 
 SHELL := /bin/bash
 PYTHON ?= python3
 FASTA ?= samples/proteins.fasta
+RUNS ?= 1000000
+SEEDS ?= 20
 export FASTA
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down lint test test-system test-gpu bench
+.PHONY: help setup run up down lint test test-system test-gpu chaos fuzz bench
 
 help:
 	@echo "make run          set up, start everything, embed $$FASTA, print a summary, stop"
@@ -23,6 +27,8 @@ help:
 	@echo 'make lint         style, types, and which room may import which'
 	@echo 'make test-system  the tests that need root or system packages'
 	@echo 'make test-gpu     the tests that need an NVIDIA GPU'
+	@echo 'make chaos        each fault, then SEEDS=$(SEEDS) schedules of them, and whether every promise was kept'
+	@echo 'make fuzz         hostile files and messages, RUNS of them'
 	@echo 'make bench        the benchmarks, into benchmarks/results'
 
 setup: $(INSTALLED)
@@ -52,13 +58,20 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest -m 'not gpu and not system'
+	$(BIN)/pytest -m 'not gpu and not system and not chaos'
 
 test-system: $(INSTALLED)
 	$(BIN)/pytest -m system
 
 test-gpu: $(INSTALLED)
 	$(BIN)/pytest -m gpu
+
+chaos: $(INSTALLED)
+	$(BIN)/pytest -m chaos
+	$(BIN)/python -m tests.faults.chaos --seeds $(SEEDS)
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --runs $(RUNS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.registration

@@ -13,7 +13,8 @@ from virnucpro_core.ledger.database import in_transaction, open_ledger
 from virnucpro_core.ledger.work import NewArtifact, Result
 from virnucpro_core.ledger.workers import register_worker
 from virnucpro_core.settings import load_settings
-from workers.app import app, task_name
+from workers.app import app
+from workers.messages import task_name
 
 
 @cache

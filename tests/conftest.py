@@ -22,8 +22,9 @@ from virnucpro_core.stack.processes import Secrets, choose_port
 from virnucpro_core.stack.stack import Stack
 from virnucpro_core.stack.valkey import DATABASES, ValkeyServer
 
-pytest_plugins = ["tests.fixtures_model"]
+pytest_plugins = ["tests.fixtures_airflow", "tests.fixtures_model"]
 
+PROJECT = Path(__file__).resolve().parents[1]
 MIGRATED = "migrated"  # the template that each test's ledger is copied from
 UNDURABLE = {"fsync": "off", "synchronous_commit": "off"}  # a test's database need not survive the machine
 
@@ -141,6 +142,7 @@ def settings_environment(
         worker_database_url=ledger_urls["worker"],
         broker_url=broker_url,
         inbox=tmp_path / "inbox",
+        input_roots=tmp_path,
         output_root=tmp_path / "output",
         model_root=tmp_path / "models",
     )
@@ -173,6 +175,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
     folder = tmp_path_factory.mktemp("stack")
     settings = Settings(
         inbox=folder / "inbox",
+        input_roots=(tmp_path_factory.getbasetemp(), PROJECT),
         output_root=folder / "output",
         model_root=folder / "models",
         dtype="float32",

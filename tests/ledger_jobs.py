@@ -84,9 +84,11 @@ def register(
 def start_worker(
     tx: Connection, node: str = "cpu@test", queue: str = "extract", lease_seconds: float = 60
 ) -> int:
-    worker_id, _ = workers.register_worker(
+    worker_id, predecessors = workers.register_worker(
         tx, node=node, queue=queue, host="test", pid=1, device="cpu", lease_seconds=lease_seconds
     )
+    for predecessor in predecessors:
+        workers.take_back(tx, predecessor, "the worker was replaced", max_attempts=9)
     return worker_id
 
 
@@ -110,22 +112,41 @@ def claim(tx: Connection, chunk_id: int, worker_id: int, execution_class: str = 
     return claimed
 
 
+def halves_of(claimed: Claim) -> tuple[ChunkRange, ChunkRange]:
+    """The halves of a chunk as `halve` would cut it."""
+    chunk = claimed.work.range
+    middle, cut = chunk.records // 2, chunk.byte_start + (chunk.byte_end - chunk.byte_start) // 2
+    first = replace(chunk, byte_end=cut, records=middle, residues=90 * middle)
+    second = replace(
+        chunk,
+        byte_start=cut,
+        first_record=chunk.first_record + middle,
+        records=chunk.records - middle,
+        residues=chunk.residues - 90 * middle,
+    )
+    return first, second
+
+
 def result_of(claimed: Claim, failures: int = 0) -> Result:
     """A result in which the first records failed."""
     chunk = claimed.work.range
     folder = claimed.work.artifact_folder()
     artifact = NewArtifact(
-        kind="matrix", path=f"{folder}/{chunk.ordinal:08d}.safetensors", sha256="b" * 64, bytes=100, rows=1
+        kind="matrix",
+        path=f"{folder}/{chunk.ordinal:08d}-{chunk.records}.safetensors",
+        sha256="b" * 64,
+        bytes=100,
+        rows=1,
     )
     result = Result(artifacts=[artifact], tokens=100, seconds=0.5)
     if claimed.work.stage != transitions.EXTRACT:
         return result
     return replace(
         result,
-        embeddings=chunk.records - failures,
+        embeddings=chunk.records - min(failures, chunk.records),
         failures=[
             Failure(chunk.first_record + k, f"r{k}", FailureReason.EMPTY, "it has no residues")
-            for k in range(failures)
+            for k in range(min(failures, chunk.records))
         ],
     )
 

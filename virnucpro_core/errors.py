@@ -42,6 +42,10 @@ class InputChangedError(InputError):
     """The bytes of an input are no longer those that were registered."""
 
 
+class OutsideError(InputError):
+    """A path leads out of the folders that the pipeline reads from or writes to."""
+
+
 class NucleotideInputError(InputError):
     """Nucleotides came where proteins belong."""
 

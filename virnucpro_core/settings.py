@@ -8,19 +8,26 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from virnucpro_core.errors import SettingsError
 from virnucpro_core.recipe import Dtype, ResiduePolicy
-from virnucpro_core.sizes import CHUNK_TOKENS, EXPORT_ROWS
+from virnucpro_core.sizes import CHUNK_TOKENS, EXPORT_ROWS, MAX_EXPANSION
 
 PREFIX = "VIRNUCPRO_"
 
 DatabaseRole = Literal["owner", "dag", "worker"]
+
+
+def default_input_roots() -> tuple[Path, ...]:
+    """The current folder and the home folder, of which neither counts where it is the root of all folders."""
+    home = os.path.expanduser("~")  # noqa: PTH111 - a container's user may have none: that raises nothing here
+    folders = (Path.cwd(), Path(home))
+    return tuple(folder for folder in folders if folder.is_absolute() and folder != Path(folder.anchor))
 
 
 class SecretFileSource(PydanticBaseSettingsSource):
@@ -74,6 +81,12 @@ class Settings(BaseSettings):
     )
 
     inbox: Path = Field(Path("inbox"), description="Folder that the nightly run takes FASTA files from.")
+    input_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
+        default_factory=default_input_roots,
+        description="Folders, joined by ':', that inputs are read from, with all below them; the inbox is always "
+        "one. Elsewhere nothing is read, wherever `..` and symbolic links lead. Default: the current folder and "
+        "the home folder.",
+    )
     output_root: Path = Field(Path("output"), description="Folder below which all results are written.")
     model_root: Path = Field(Path("models"), description="Folder below which checkpoints lie, a folder each.")
 
@@ -89,6 +102,11 @@ class Settings(BaseSettings):
         False, description="Cancel a job when the last run that waits for it is killed."
     )
 
+    max_expansion: float = Field(
+        MAX_EXPANSION,
+        ge=1,
+        description="How many times its own size a compressed input may unpack to; the first 64 MiB are free.",
+    )
     chunk_tokens: int = Field(
         CHUNK_TOKENS, ge=1, description="Token budget of a chunk: several seconds of a GPU's work."
     )
@@ -111,6 +129,11 @@ class Settings(BaseSettings):
     republish_seconds: float = Field(
         20.0, gt=0, description="A published message that nobody claimed for longer is sent again."
     )
+
+    @field_validator("input_roots", mode="before")
+    @classmethod
+    def split_folders(cls, value: object) -> object:
+        return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
     @classmethod
     def settings_customise_sources(
@@ -173,6 +196,11 @@ class Settings(BaseSettings):
                 todo="Name a registered model (`virnucpro weights add NAME FOLDER` registers one).",
             )
         return chosen
+
+    @property
+    def input_folders(self) -> tuple[Path, ...]:
+        """All folders that inputs are read from: the roots, the inbox and the spool."""
+        return (*self.input_roots, self.inbox, self.spool_root)
 
     @property
     def spool_root(self) -> Path:

@@ -8,12 +8,11 @@ from typing import Any
 from celery import Celery
 from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
+from kombu.transport import TRANSPORT_ALIASES
 
 from virnucpro_core.errors import ServiceError
 from virnucpro_core.settings import Settings, load_settings
-
-EXTRACT_QUEUE, FINISH_QUEUE = "extract", "finish"
-QUEUES = (EXTRACT_QUEUE, FINISH_QUEUE)
+from workers.messages import EXTRACT_QUEUE, QUEUES
 
 EXCHANGE = Exchange("virnucpro", type="direct")  # type: ignore[no-untyped-call]
 
@@ -35,12 +34,7 @@ VISIBILITY_TIMEOUT = 24 * 3600
 """Seconds after which the broker sends an unacknowledged message again. Longer than any task, or it would
 send what is still being worked on. Recovery does not wait for it: that goes by the ledger's leases."""
 
-TASK_PREFIX = "virnucpro."
-
-
-def task_name(stage: str) -> str:
-    """The Celery name of a stage's task."""
-    return TASK_PREFIX + stage
+TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "workers.transport:Transport"))
 
 
 def configuration(settings: Settings) -> dict[str, Any]:

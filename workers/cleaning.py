@@ -9,14 +9,16 @@ from collections.abc import Sequence
 import structlog
 from sqlalchemy import Engine
 
-from virnucpro_core.errors import ServiceError
+from virnucpro_core.errors import VirnucproError
 from virnucpro_core.features.files import remove_abandoned
 from virnucpro_core.ledger.database import in_transaction
+from virnucpro_core.ledger.queries import artifacts_of
 from virnucpro_core.ledger.retention import expired_jobs, needed_spools, remove_chunks
+from virnucpro_core.ledger.transitions import EXTRACT
 from virnucpro_core.ledger.work import Work, job_folder
 from virnucpro_core.settings import Settings
+from workers.artifacts import output_root
 from workers.publication import Publication
-from workers.stages import output_root
 
 log = structlog.get_logger()
 
@@ -24,8 +26,11 @@ LEAST_SPOOL_DAYS = 1.0
 """A copy is there before its job is registered: however short the retention, it stays for as long as that takes."""
 
 
-def sweep(work: Work, publications: Sequence[Publication], settings: Settings) -> None:
-    """Remove what a finished job no longer needs: files of dead writers, and older generations."""
+def sweep(ledger: Engine, work: Work, publications: Sequence[Publication], settings: Settings) -> None:
+    """Remove what a validated job no longer needs: files of dead writers, older generations, unrecorded chunks.
+
+    To be called before the job's last commit: nobody would come back to it after that.
+    """
     folder = output_root(settings) / job_folder(work.job_id)
     for place in {folder, *(publication.folder for publication in publications)}:
         removed = remove_abandoned(place)
@@ -41,6 +46,22 @@ def sweep(work: Work, publications: Sequence[Publication], settings: Settings) -
             log.warning("generation_kept", folder=str(generation), reason=error.strerror)
         else:
             log.info("generation_removed", folder=str(generation))
+    remove_unrecorded(ledger, work, settings)
+
+
+def remove_unrecorded(ledger: Engine, work: Work, settings: Settings) -> None:
+    """Remove the files of chunks that were halved after a worker had written them, and died."""
+    root = output_root(settings)
+    recorded = {root / row.path for row in in_transaction(ledger, artifacts_of, work.job_id, stage=EXTRACT)}
+    for path in (root / job_folder(work.job_id) / f"g{work.generation}" / EXTRACT).glob("*"):
+        if path in recorded:
+            continue
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("unrecorded_file_kept", path=str(path), reason=error.strerror)
+        else:
+            log.info("unrecorded_file_removed", path=str(path))
 
 
 def remove_expired(ledger: Engine, settings: Settings) -> None:
@@ -50,7 +71,7 @@ def remove_expired(ledger: Engine, settings: Settings) -> None:
             removed = in_transaction(ledger, remove_chunks, job, output_root(settings))
             log.info("chunks_removed", job=job, files=removed)
         remove_spools(ledger, settings)
-    except (OSError, ServiceError) as error:
+    except (OSError, VirnucproError) as error:
         log.warning("cleaning_stopped", reason=str(error))
 
 

@@ -16,6 +16,7 @@ from virnucpro_core.errors import ServiceError
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.workers import beat, register_worker, retire_worker
 from virnucpro_core.settings import Settings
+from workers.reaper import free_chunks
 
 log = structlog.get_logger()
 
@@ -30,7 +31,8 @@ class Heartbeat:
     library that never returns and holds the interpreter would otherwise keep a GPU for ever.
 
     Args:
-        count_progress: returns a number that rises while the process gets anything done.
+        count_progress: returns a number that rises while the process gets anything done; None while it has nothing
+            to do.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class Heartbeat:
         node: str,
         queue: str,
         device: str,
-        count_progress: Callable[[], int],
+        count_progress: Callable[[], int | None],
     ) -> None:
         self.ledger = ledger
         self.settings = settings
@@ -86,7 +88,7 @@ class Heartbeat:
             self.stopping.wait(self.settings.heartbeat_seconds)
 
     def _register(self) -> None:
-        self.worker_id, recovered = in_transaction(
+        self.worker_id, predecessors = in_transaction(
             self.ledger,
             register_worker,
             node=self.node,
@@ -95,16 +97,12 @@ class Heartbeat:
             pid=os.getpid(),
             device=self.device,
             lease_seconds=self.settings.lease_seconds,
-            max_attempts=self.settings.max_attempts,
         )
-        log.info(
-            "worker_registered",
-            node=self.node,
-            worker=self.worker_id,
-            device=self.device,
-            recovered=[chunk.chunk_id for chunk in recovered],
-        )
+        log.info("worker_registered", node=self.node, worker=self.worker_id, device=self.device)
         self.registered.set()
+        for predecessor in predecessors:
+            # What cannot be freed now is the reaper's.
+            free_chunks(self.ledger, predecessor, "the worker was replaced", self.settings)
 
     def _renew(self, worker_id: int) -> None:
         alive = in_transaction(

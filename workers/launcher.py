@@ -25,7 +25,8 @@ from virnucpro_core.ledger.database import check_migrated, open_ledger
 from virnucpro_core.logs import configure_logging
 from virnucpro_core.settings import load_settings
 from virnucpro_core.stack.processes import tied_to_parent
-from workers.app import EXTRACT_QUEUE, FINISH_QUEUE, QUEUES, app, check_broker
+from workers.app import app, check_broker
+from workers.messages import EXTRACT_QUEUE, FINISH_QUEUE, QUEUES
 from workers.pinning import LOCK_FOLDER, Lock, choose_gpus, try_lock
 
 log = structlog.get_logger()

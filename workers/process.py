@@ -7,24 +7,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from threading import Event
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 import psutil
 import structlog
 from celery.exceptions import SoftTimeLimitExceeded
-from sqlalchemy import Connection
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    stop_when_event_set,
-    wait_random_exponential,
-)
+from sqlalchemy import Connection, text
 
 from virnucpro_core.errors import (
     ArtifactError,
@@ -40,6 +32,8 @@ from virnucpro_core.ledger.database import in_transaction, open_ledger
 from virnucpro_core.ledger.jobs import resume
 from virnucpro_core.ledger.outbox import send_again
 from virnucpro_core.ledger.queries import live_workers
+from virnucpro_core.ledger.rejections import RejectionReason, count_rejections
+from virnucpro_core.ledger.suspects import break_down, must_be_condemned, must_be_halved, split
 from virnucpro_core.ledger.transitions import (
     EXTRACT,
     MERGE,
@@ -51,21 +45,20 @@ from virnucpro_core.ledger.transitions import (
     fail,
 )
 from virnucpro_core.ledger.work import Claim, Work
+from virnucpro_core.sequences.halving import halve
 from virnucpro_core.settings import Settings
 from workers.cleaning import remove_expired, sweep
 from workers.heartbeat import Heartbeat
-from workers.reading import LookAhead
+from workers.models import ModelKeeper
+from workers.persistence import Persistence
+from workers.reading import LookAhead, condemn
 from workers.stages import Outcome, Stage, find_damaged, keep_extraction, merge, validate
 
 if TYPE_CHECKING:
     from virnucpro_core.embedding.execution import ExecutionClass
     from virnucpro_core.embedding.extraction import Extraction
-    from virnucpro_core.embedding.model import FastEsm
 
 log = structlog.get_logger()
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 WHOLE_INPUT_STAGES: dict[str, Stage] = {MERGE: merge, VALIDATE: validate}
 
@@ -75,7 +68,7 @@ PERMANENT = (InputChangedError, MismatchError)
 SEND_AGAIN_SECONDS = 2.0
 OFFER_AGAIN_SECONDS = 10.0  # for a chunk that this process cannot run at all
 FLUSH_SECONDS = 30.0
-LONGEST_PAUSE = 5.0  # seconds between attempts to reach the database
+PUBLISH_SECONDS = 600  # that publishing may take where files cannot be linked: the job is locked meanwhile
 UNFIT = 71  # exit code of a child that should not go on
 
 
@@ -90,7 +83,15 @@ class WorkerProcess:
     def __init__(self, settings: Settings, *, node: str, queue: str) -> None:
         self.settings = settings
         self.ledger = open_ledger(settings.database_url_for("worker"))
+        self.busy = False
         self.records_done = 0
+        self.look_ahead = LookAhead(self.ledger, settings, queue)
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self.writing: Future[None] | None = None
+        self.closing = Event()
+        self.persist = Persistence(self.ledger, self.closing)
+        self.models = ModelKeeper(settings.model_root)
+        self.others_idle: Counter[int] = Counter()  # by chunk, how often in a row
         self.heartbeat = Heartbeat(
             self.ledger,
             settings,
@@ -99,15 +100,11 @@ class WorkerProcess:
             device=os.environ.get("CUDA_VISIBLE_DEVICES") or "cpu",
             count_progress=self.count_progress,
         )
-        self.look_ahead = LookAhead(self.ledger, queue)
-        self.writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self.writing: Future[None] | None = None
-        self.closing = Event()
-        self.model: FastEsm | None = None
-        self.others_idle: Counter[int] = Counter()  # by chunk, how often in a row
 
-    def count_progress(self) -> int:
-        """Records embedded, and MiB read and written (in MiB, as asking reads some bytes, too)."""
+    def count_progress(self) -> int | None:
+        """Records embedded, and MiB read and written (in MiB, as asking reads some bytes, too); None if idle."""
+        if not self.busy and (self.writing is None or self.writing.done()):
+            return None
         counters = psutil.Process().io_counters()
         return self.records_done + (counters.read_chars + counters.write_chars >> 20)
 
@@ -119,6 +116,7 @@ class WorkerProcess:
             SystemExit: after an error that nobody foresaw. What broke may be the process itself (a CUDA error
                 sticks to it), so a fresh one takes over. Likewise when a claim's answer was lost.
         """
+        self.busy = True
         try:
             self._run(stage, chunk_id, self.heartbeat.wait_for_worker())
         except VirnucproError:
@@ -126,6 +124,8 @@ class WorkerProcess:
         except Exception as error:
             log.exception("process_given_up", chunk=chunk_id)
             raise SystemExit(UNFIT) from error
+        finally:
+            self.busy = False
 
     def _run(self, stage: str, chunk_id: int, worker_id: int) -> None:
         if self.writing is not None and self.writing.done():
@@ -134,9 +134,9 @@ class WorkerProcess:
         if isinstance(work, Declined):
             log.info("message_declined", chunk=chunk_id, reason=work.reason)
         elif work.stage != stage:
-            log.error(
-                "message_rejected", chunk=chunk_id, stage=stage, reason=f"the chunk's stage is {work.stage}"
-            )
+            reason = f"the chunk's stage is {work.stage}"
+            log.error("message_rejected", chunk=chunk_id, stage=stage, reason=reason)
+            in_transaction(self.ledger, count_rejections, {RejectionReason.STAGE: 1})
         elif stage == EXTRACT:
             self._extract(work, worker_id)
         else:
@@ -155,7 +155,7 @@ class WorkerProcess:
 
     def _extract(self, work: Work, worker_id: int) -> None:
         try:
-            model = self._load_model(work)
+            model = self.models.load(work)
         except (WeightsError, ExecutionError) as error:
             if self._leave_to_others(work, worker_id, error):
                 return
@@ -176,16 +176,35 @@ class WorkerProcess:
                 reason=f"{claimed.reason}; declined by one of {execution}",
             )
             return
-        log.info("claimed", chunk=work.title, attempt=claimed.attempt)
+        log.info("claimed", chunk=work.title, attempt=claimed.attempt, deaths=claimed.deaths)
+        if claimed.is_suspect:
+            self._finish_writing()  # if we die of it, nothing else shall die with it
+        if must_be_halved(claimed):
+            self._halve(claimed)
+            return
         self.look_ahead.start()
         extraction: Extraction | None = None
         with self._attempt(claimed):
             from virnucpro_core.embedding.extraction import extract
 
-            extraction = extract(self.look_ahead.take(work), model, on_progress=self._count_records)
+            batch = self.look_ahead.take(work)
+            if must_be_condemned(claimed):
+                batch = condemn(batch, f"{claimed.deaths} processes ended while they embedded it")
+                log.error("record_condemned", chunk=work.title, ids=batch.ids, setback=claimed.setback)
+            extraction = extract(batch, model, on_progress=self._count_records)
         if extraction is not None:
             self._finish_writing()
             self.writing = self.writer.submit(self._write, claimed, extraction)
+        if claimed.is_suspect:
+            self._finish_writing()
+
+    def _halve(self, claimed: Claim) -> None:
+        """Have the halves of a chunk computed in its place: its records kill, or one of them does."""
+        work = claimed.work
+        with self._attempt(claimed):
+            halves = halve(work.location, work.compression, work.range, roots=self.settings.input_folders)
+            self.persist(split, claimed, halves)
+            log.warning("chunk_halved", chunk=work.title, deaths=claimed.deaths, setback=claimed.setback)
 
     def _leave_to_others(self, work: Work, worker_id: int, error: VirnucproError) -> bool:
         """Have a chunk that this process cannot run sent again for another worker; False if no other can take it.
@@ -254,9 +273,10 @@ class WorkerProcess:
                 if self._mend(work):
                     return
                 raise
+            if work.stage == VALIDATE:
+                sweep(self.ledger, work, outcome.publications, self.settings)
             self._commit(claimed, outcome)
             if work.stage == VALIDATE:
-                sweep(work, outcome.publications, self.settings)
                 remove_expired(self.ledger, self.settings)
 
     def _mend(self, work: Work) -> bool:
@@ -264,37 +284,9 @@ class WorkerProcess:
         damaged = find_damaged(self.ledger, work, self.settings)
         if not damaged:
             return False
-        resumed = self._persist(resume, work.job_id, damaged)
+        resumed = self.persist(resume, work.job_id, damaged)
         log.warning("artifacts_made_again", job=work.job_id, damaged=len(damaged), chunks=resumed.lost)
         return True
-
-    def _load_model(self, work: Work) -> FastEsm:
-        """The model for a recipe: the one that is loaded, or another in its place.
-
-        Raises:
-            WeightsError: the model is missing here, or is not the one that was registered.
-            ExecutionError: this device cannot compute in the recipe's dtype.
-        """
-        from virnucpro_core.embedding.loading import load_fast_esm
-
-        recipe = work.recipe
-        if self.model is None or not self._fits(self.model, work):
-            self.model = None  # its memory first
-            self.model = load_fast_esm(self.settings.model_root / work.model_path, dtype=recipe.dtype)
-            log.info("model_loaded", model=work.model, execution=str(self.model.execution()))
-        if not self._fits(self.model, work):
-            self.model = None
-            raise WeightsError(
-                f"the model {work.model!r} is not the one that was registered",
-                where=work.model_path,
-                todo="Put the registered weights there again, or register these under another name.",
-            )
-        return self.model
-
-    @staticmethod
-    def _fits(model: FastEsm, work: Work) -> bool:
-        recipe = work.recipe
-        return model.recipe(truncation=recipe.truncation, residues=recipe.residues) == recipe
 
     def _count_records(self, records: int) -> None:
         self.records_done += records
@@ -310,20 +302,23 @@ class WorkerProcess:
             self._fail(claimed, error)
         except Exception as error:
             log.exception("chunk_failed_unexpectedly", chunk=claimed.work.title)
-            self._fail(claimed, error)
+            self._fail(claimed, error, fatal=True)
             raise
 
-    def _fail(self, claimed: Claim, error: Exception) -> None:
+    def _fail(self, claimed: Claim, error: Exception, *, fatal: bool = False) -> None:
         said = str(error) if isinstance(error, VirnucproError) else f"{type(error).__name__}: {error}"
         said = said.replace("\0", "\\0")  # PostgreSQL takes no NUL
         try:
-            state = self._persist(
-                fail,
-                claimed,
-                said,
-                max_attempts=self.settings.max_attempts,
-                permanent=isinstance(error, PERMANENT),
-            )
+            if fatal:
+                state = self.persist(break_down, claimed, said, max_attempts=self.settings.max_attempts)
+            else:
+                state = self.persist(
+                    fail,
+                    claimed,
+                    said,
+                    max_attempts=self.settings.max_attempts,
+                    permanent=isinstance(error, PERMANENT),
+                )
         except StaleLeaseError as stale:
             log.warning("failure_dropped", reason=str(stale), error=said)
         else:
@@ -332,29 +327,9 @@ class WorkerProcess:
             )
 
     def _commit(self, claimed: Claim, outcome: Outcome) -> None:
-        state = self._persist(commit, claimed, outcome)
+        state = self.persist(commit, claimed, outcome)
         result = outcome.result
         log.info("committed", chunk=claimed.work.title, job_state=state, seconds=round(result.seconds, 3))
-
-    def _persist(
-        self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """Run a transaction that is worth waiting for: again while the database is away, until we close."""
-
-        def warn(state: RetryCallState) -> None:
-            reason = state.outcome.exception() if state.outcome else None
-            log.warning(
-                "ledger_away", step=function.__name__, attempts=state.attempt_number, reason=str(reason)
-            )
-
-        retrying = Retrying(
-            retry=retry_if_exception_type(ServiceError),
-            wait=wait_random_exponential(multiplier=0.1, max=LONGEST_PAUSE),
-            stop=stop_when_event_set(self.closing),
-            before_sleep=warn,
-            reraise=True,
-        )
-        return retrying(partial(in_transaction, self.ledger, function), *args, **kwargs)
 
 
 def commit(tx: Connection, claimed: Claim, outcome: Outcome) -> str:
@@ -364,6 +339,8 @@ def commit(tx: Connection, claimed: Claim, outcome: Outcome) -> str:
     published over a newer one.
     """
     state = complete(tx, claimed, outcome.result)
+    if outcome.publications:
+        tx.execute(text(f"SET LOCAL idle_in_transaction_session_timeout = '{PUBLISH_SECONDS}s'"))
     for publication in outcome.publications:
         publication.publish()
     return state

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import structlog
 from sqlalchemy import Engine
 
 from virnucpro_core.errors import VirnucproError
+from virnucpro_core.failures import Failure, FailureReason
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.queries import next_pending
 from virnucpro_core.ledger.transitions import EXTRACT, Declined, describe
 from virnucpro_core.ledger.work import Work
 from virnucpro_core.sequences.fasta import RecordBatch, parse_records
 from virnucpro_core.sequences.scan import read_range
+from virnucpro_core.settings import Settings
 
 log = structlog.get_logger()
 
@@ -22,26 +25,48 @@ CHUNKS_AHEAD = 4
 a chunk read for nothing costs tens of milliseconds of a thread that would have idled."""
 
 
-def read_batch(work: Work) -> RecordBatch:
+def read_batch(work: Work, settings: Settings) -> RecordBatch:
     """The records of an extract chunk.
 
     Raises:
         InputChangedError: its bytes are not those that were registered.
+        OutsideError: the ledger names a file outside the folders that inputs are read from.
         InputError: they cannot be read at the moment.
     """
     return parse_records(
-        read_range(work.location, work.compression, work.range),
+        read_range(work.location, work.compression, work.range, roots=settings.input_folders),
         first_record=work.range.first_record,
         residues=work.recipe.residues,
         truncation=work.recipe.truncation,
     )
 
 
+def condemn(batch: RecordBatch, detail: str) -> RecordBatch:
+    """A batch whose good records are failures, too: no process has survived them."""
+    poisoned = [
+        Failure(
+            record=batch.first_record + row, id=batch.ids[row], reason=FailureReason.POISON, detail=detail
+        )
+        for row in batch.rows.tolist()
+    ]
+    return replace(
+        batch,
+        tokens=batch.tokens[:0],
+        offsets=batch.offsets[:1],
+        rows=batch.rows[:0],
+        failures=sorted([*batch.failures, *poisoned], key=lambda failure: failure.record),
+        residues=0,
+        truncated=0,
+        unknown=0,
+    )
+
+
 class LookAhead:
     """Reads chunks that are likely to come next, in a thread, while the device computes."""
 
-    def __init__(self, ledger: Engine, queue: str) -> None:
+    def __init__(self, ledger: Engine, settings: Settings, queue: str) -> None:
         self.ledger = ledger
+        self.settings = settings
         self.queue = queue
         self.batches: dict[int, RecordBatch] = {}
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="look-ahead")
@@ -56,7 +81,7 @@ class LookAhead:
     def take(self, work: Work) -> RecordBatch:
         """A chunk's records, read now if they are not here yet; raises as `read_batch` does."""
         batch = self.batches.pop(work.chunk_id, None)
-        return read_batch(work) if batch is None else batch
+        return read_batch(work, self.settings) if batch is None else batch
 
     def _read(self) -> None:
         try:
@@ -68,7 +93,7 @@ class LookAhead:
                     continue
                 work = in_transaction(self.ledger, describe, chunk_id)
                 if not isinstance(work, Declined) and work.stage == EXTRACT:
-                    self.batches[chunk_id] = read_batch(work)
+                    self.batches[chunk_id] = read_batch(work, self.settings)
         except VirnucproError as error:
             # Whoever claims the chunk meets the same error and records it.
             log.info("look_ahead_stopped", reason=str(error))

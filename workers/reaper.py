@@ -18,8 +18,8 @@ from virnucpro_core.settings import Settings
 
 log = structlog.get_logger()
 
-LOCK_TIMEOUT = "2s"
-"""A stopped process may hold the lock of its job; the others must not wait for it."""
+LOCK_TIMEOUT = "500ms"
+"""A stopped process may hold the lock of its job; the others, and the relay, must not wait for it."""
 
 
 def reap(ledger: Engine, settings: Settings) -> list[Recovered]:
@@ -37,18 +37,22 @@ def reap(ledger: Engine, settings: Settings) -> list[Recovered]:
         log.warning("worker_expired", worker=worker, reason=reason)
     recovered = []
     for worker in in_transaction(ledger, chunks_of_the_gone):
-        reason = reasons.get(worker, "its worker is gone")
-        try:
-            chunks = in_transaction(ledger, free_chunks, worker, reason, settings.max_attempts)
-        except ServiceError as error:
-            log.warning("chunks_not_freed", worker=worker, reason=str(error))
-            continue
-        for chunk in chunks:
-            log.warning("chunk_freed", chunk=chunk.chunk_id, job=chunk.job_id, worker=worker, now=chunk.state)
-        recovered += chunks
+        recovered += free_chunks(ledger, worker, reasons.get(worker, "its worker is gone"), settings)
     return recovered
 
 
-def free_chunks(tx: Connection, worker_id: int, reason: str, max_attempts: int) -> list[Recovered]:
+def free_chunks(ledger: Engine, worker_id: int, reason: str, settings: Settings) -> list[Recovered]:
+    """Free what a worker that is gone holds; nothing, if that is not possible at the moment."""
+    try:
+        freed = in_transaction(ledger, take_back_soon, worker_id, reason, settings.max_attempts)
+    except ServiceError as error:
+        log.warning("chunks_not_freed", worker=worker_id, reason=str(error))
+        return []
+    for chunk in freed:
+        log.warning("chunk_freed", chunk=chunk.chunk_id, job=chunk.job_id, worker=worker_id, now=chunk.state)
+    return freed
+
+
+def take_back_soon(tx: Connection, worker_id: int, reason: str, max_attempts: int) -> list[Recovered]:
     tx.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
     return take_back(tx, worker_id, reason, max_attempts=max_attempts)

@@ -34,7 +34,8 @@ from virnucpro_core.ledger.outbox import (
 from virnucpro_core.ledger.transitions import OUTBOX_CHANNEL
 from virnucpro_core.logs import configure_logging
 from virnucpro_core.settings import Settings, load_settings
-from workers.app import app, check_broker, task_name
+from workers.app import app, check_broker
+from workers.messages import task_name
 from workers.reaper import reap
 
 log = structlog.get_logger()

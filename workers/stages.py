@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from array import array
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import structlog
 from sqlalchemy import Connection, Engine
 
-from virnucpro_core.errors import ArtifactError, InputChangedError, MismatchError
+from virnucpro_core.errors import ArtifactError, InputChangedError, InputError, MismatchError
 from virnucpro_core.failures import FailureReason
 from virnucpro_core.features.exports import write_export
 from virnucpro_core.features.files import Written, hash_file, new_file
@@ -34,9 +35,11 @@ from virnucpro_core.ledger.queries import (
 )
 from virnucpro_core.ledger.transitions import EXTRACT, MATRIX, MERGE, VALIDATE
 from virnucpro_core.ledger.work import NewArtifact, Result, Work
+from virnucpro_core.roots import open_below
 from virnucpro_core.sequences.fasta import parse_records
 from virnucpro_core.sequences.scan import read_range
 from virnucpro_core.settings import Settings
+from workers.artifacts import as_new, as_written, describe_file, locate, published_folder, stage_folder
 from workers.publication import Publication
 
 if TYPE_CHECKING:
@@ -69,7 +72,9 @@ def keep_extraction(work: Work, extraction: Extraction, settings: Settings) -> O
     """
     execution = extraction.execution.to_json()
     written = write_matrix(
-        stage_folder(work, settings) / f"{work.range.ordinal:08d}.safetensors",
+        # A chunk that was halved leaves its ordinal to its first half: whoever still computes the whole of it must
+        # not write over that.
+        stage_folder(work, settings) / f"{work.range.ordinal:08d}-{work.range.records}.safetensors",
         extraction.ids,
         extraction.records,
         extraction.embeddings,
@@ -115,7 +120,7 @@ def merge(ledger: Engine, work: Work, settings: Settings) -> Outcome:
         if not submission.nucleotide_path:
             continue
         try:
-            nucleotides = read_submitted(submission)
+            nucleotides = read_submitted(submission, settings)
             merged = merge_features(
                 nucleotides,
                 matrix,
@@ -135,9 +140,9 @@ def merge(ledger: Engine, work: Work, settings: Settings) -> Outcome:
 def merge_rows(ledger: Engine, work: Work, settings: Settings) -> list[NewArtifact]:
     """Join a job's chunk artifacts into one matrix, and export it."""
     folder = stage_folder(work, settings)
-    root = output_root(settings)
     chunks = in_transaction(ledger, artifacts_of, work.job_id, stage=EXTRACT)
-    written = merge_chunks([(root / chunk.path, chunk.sha256) for chunk in chunks], folder / RESULT_NAME)
+    sources = [(locate(chunk, settings), chunk.sha256) for chunk in chunks]
+    written = merge_chunks(sources, folder / RESULT_NAME)
     exports = write_export(
         folder / "result.pt", open_matrix(written.path), rows_per_file=settings.export_rows
     )
@@ -147,27 +152,31 @@ def merge_rows(ledger: Engine, work: Work, settings: Settings) -> list[NewArtifa
     ]
 
 
-def read_submitted(submission: SubmissionRow) -> Nucleotides:
+def read_submitted(submission: SubmissionRow, settings: Settings) -> Nucleotides:
     """The nucleotides that came with a submission.
 
     Raises:
-        InputChangedError: the file is gone, unreadable, or not the one that was submitted.
+        InputChangedError: the file is gone, unreadable, not the one that was submitted, or outside the folders
+            that inputs are read from.
     """
     path = Path(submission.nucleotide_path)
     try:
-        if hash_file(path) != submission.nucleotide_sha256:
-            raise InputChangedError(
-                "the nucleotide embeddings were changed after registration",
-                where=str(path),
-                todo="Submit the file again.",
-            )
-        return read_nucleotides(path)
-    except ArtifactError as error:
+        with open_below(path, settings.input_folders) as file:
+            changed = hashlib.file_digest(file, "sha256").hexdigest() != submission.nucleotide_sha256
+            if not changed:
+                file.seek(0)
+                return read_nucleotides(path, file)
+    except (ArtifactError, InputError, OSError) as error:
         raise InputChangedError(
             f"the nucleotide embeddings cannot be used: {error}",
             where=str(path),
             todo="Submit a sound file.",
         ) from error
+    raise InputChangedError(
+        "the nucleotide embeddings were changed after registration",
+        where=str(path),
+        todo="Submit the file again.",
+    )
 
 
 def validate(ledger: Engine, work: Work, settings: Settings) -> Outcome:
@@ -179,15 +188,14 @@ def validate(ledger: Engine, work: Work, settings: Settings) -> Outcome:
         ArtifactError: a file cannot be written.
     """
     started = time.perf_counter()
-    root = output_root(settings)
     folder = stage_folder(work, settings)
     made = in_transaction(ledger, artifacts_of, work.job_id, stage=MERGE)
     failures, failed = in_transaction(ledger, write_failures, work.job_id, folder / "failures.jsonl")
-    check_result(ledger, work, root, made, failed)
+    check_result(ledger, work, settings, made, failed)
 
     artifacts = [] if failures is None else [describe_file(failures, FAILURES, settings)]
-    merged_paths = {Path(row.path).name: root / row.path for row in made if row.kind == MERGED}
-    exports = [as_written(row, root) for row in made if row.kind == EXPORT]
+    merged_paths = {Path(row.path).name: locate(row, settings) for row in made if row.kind == MERGED}
+    exports = [as_written(row, settings) for row in made if row.kind == EXPORT]
     publications = []
     submissions = in_transaction(ledger, submissions_of, work.job_id)
     for submission in submissions:
@@ -198,7 +206,7 @@ def validate(ledger: Engine, work: Work, settings: Settings) -> Outcome:
         artifacts.append(describe_file(manifest, MANIFEST, settings))
         publications.append(
             Publication(
-                folder=root / submission.folder(work.input_sha256, work.recipe.sha256),
+                folder=published_folder(work, submission, settings),
                 stem=submission.stem,
                 exports=[export.path for export in exports],
                 merged=merged_paths.get(merged_name(submission)),
@@ -215,7 +223,7 @@ def validate(ledger: Engine, work: Work, settings: Settings) -> Outcome:
 
 
 def check_result(
-    ledger: Engine, work: Work, root: Path, made: Sequence[ArtifactRow], failed: Sequence[int]
+    ledger: Engine, work: Work, settings: Settings, made: Sequence[ArtifactRow], failed: Sequence[int]
 ) -> None:
     """Compare what merge made with the input and the ledger.
 
@@ -226,9 +234,8 @@ def check_result(
     result = next((row for row in made if row.kind == MATRIX), None)
     if result is None:
         raise MismatchError("there is no merged result to validate", where=work.title, todo="Retry the job.")
-    verdict = validate_result(
-        root / result.path, sha256=result.sha256, ids=read_ids(ledger, work), failed=failed
-    )
+    path = locate(result, settings)
+    verdict = validate_result(path, sha256=result.sha256, ids=read_ids(ledger, work, settings), failed=failed)
     errors = list(verdict.errors)
     if (verdict.rows, len(failed), verdict.records) != (job.embeddings, job.failed, job.records):
         errors.append(
@@ -236,11 +243,11 @@ def check_result(
             f"where the ledger counts {job.embeddings}, {job.failed} and {job.records}"
         )
     if verdict.passed:
-        matrix = open_matrix(root / result.path)
-        errors += validate_export([as_written(row, root) for row in made if row.kind == EXPORT], matrix)
+        matrix = open_matrix(path)
+        errors += validate_export([as_written(row, settings) for row in made if row.kind == EXPORT], matrix)
         for row in made:
             if row.kind == MERGED:
-                errors += validate_merged(as_written(row, root), matrix)
+                errors += validate_merged(as_written(row, settings), matrix)
     log.info(
         "validated",
         job=work.job_id,
@@ -252,15 +259,15 @@ def check_result(
     if errors:
         raise MismatchError(
             f"the result is not valid: {'; '.join(errors)}",
-            where=str(root / result.path),
+            where=str(path),
             todo="Force the job anew if a retry does not help.",
         )
 
 
-def read_ids(ledger: Engine, work: Work) -> Iterator[str]:
+def read_ids(ledger: Engine, work: Work, settings: Settings) -> Iterator[str]:
     """The id of every record of a job's input, in input order, read chunk by chunk."""
     for chunk in in_transaction(ledger, chunk_ranges, work.job_id):
-        data = read_range(work.location, work.compression, chunk)
+        data = read_range(work.location, work.compression, chunk, roots=settings.input_folders)
         yield from parse_records(data, first_record=chunk.first_record, truncation=1).ids
 
 
@@ -321,7 +328,7 @@ def find_unsound(artifacts: Sequence[ArtifactRow], settings: Settings) -> list[i
     unsound = []
     for row in artifacts:
         try:
-            sound = hash_file(output_root(settings) / row.path) == row.sha256
+            sound = hash_file(locate(row, settings)) == row.sha256
         except ArtifactError as error:
             log.warning("artifact_unreadable", reason=str(error))
             sound = False
@@ -331,26 +338,5 @@ def find_unsound(artifacts: Sequence[ArtifactRow], settings: Settings) -> list[i
     return unsound
 
 
-def output_root(settings: Settings) -> Path:
-    return settings.output_root.absolute()
-
-
-def stage_folder(work: Work, settings: Settings) -> Path:
-    return output_root(settings) / work.artifact_folder()
-
-
 def merged_name(submission: SubmissionRow) -> str:
     return f"merged_{submission.id}.pt"
-
-
-def describe_file(written: Written, kind: str, settings: Settings) -> NewArtifact:
-    path = written.path.relative_to(output_root(settings)).as_posix()
-    return NewArtifact(kind=kind, path=path, sha256=written.sha256, bytes=written.bytes, rows=written.rows)
-
-
-def as_new(row: ArtifactRow) -> NewArtifact:
-    return NewArtifact(kind=row.kind, path=row.path, sha256=row.sha256, bytes=row.bytes, rows=row.rows)
-
-
-def as_written(row: ArtifactRow, root: Path) -> Written:
-    return Written(root / row.path, row.sha256, row.bytes, row.rows)

@@ -1,4 +1,4 @@
-"""The ledger: models, inputs, submissions, jobs, chunks, failures, artifacts, workers, waiters, outbox.
+"""The ledger: models, inputs, submissions, jobs, chunks, failures, artifacts, workers, waiters, outbox, rejections.
 
 Revision ID: 0001
 Revises:
@@ -17,18 +17,24 @@ depends_on = None
 
 STAGES = [("extract", 1, "extract"), ("merge", 2, "finish"), ("validate", 3, "finish")]
 
-# The DAG registers and reads; a worker claims and commits; neither may alter the schema or the models.
+# The DAG registers and reads, and may have chunks done again; a worker claims and commits. Neither may alter the
+# schema or the models. The DAG cannot lease a chunk, a worker cannot change what was asked for.
 GRANTS = {
     "virnucpro_dag": [
         "GRANT SELECT ON ALL TABLES IN SCHEMA public",
-        "GRANT INSERT, UPDATE ON inputs, submissions",
-        "GRANT INSERT, UPDATE ON jobs",
-        "GRANT INSERT, UPDATE, DELETE ON chunks, outbox, waiters",
+        "GRANT INSERT, UPDATE (location) ON inputs",
+        "GRANT INSERT, UPDATE ON jobs, submissions",
+        "GRANT INSERT, DELETE ON chunks",
+        "GRANT UPDATE (state, attempts, deaths, lease_token, finished_at, error) ON chunks",
+        "GRANT UPDATE (embeddings, failed, truncated, unknown, tokens, seconds) ON chunks",
+        "GRANT INSERT, UPDATE, DELETE ON outbox, waiters",
         "GRANT DELETE ON artifacts, failures",
     ],
     "virnucpro_worker": [
         "GRANT SELECT ON ALL TABLES IN SCHEMA public",
-        "GRANT UPDATE ON jobs, submissions",
+        "GRANT UPDATE ON jobs",
+        "GRANT UPDATE (error, published_generation, published_at) ON submissions",
+        "GRANT INSERT, UPDATE ON rejections",
         "GRANT INSERT, UPDATE ON workers",
         "GRANT INSERT, UPDATE, DELETE ON chunks, outbox, artifacts, failures",
         "GRANT USAGE ON SEQUENCE lease_tokens",
@@ -77,6 +83,20 @@ def upgrade() -> None:
         ),
         sa.CheckConstraint("layers > 0", name=op.f("ck_models_layers_positive")),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_models")),
+    )
+    op.create_table(
+        "rejections",
+        sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("messages", sa.BigInteger(), nullable=False),
+        sa.Column(
+            "last_at", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False
+        ),
+        sa.CheckConstraint(
+            "reason IN ('format', 'content', 'task', 'chunk', 'stage')",
+            name=op.f("ck_rejections_reason_known"),
+        ),
+        sa.CheckConstraint("messages > 0", name=op.f("ck_rejections_messages_positive")),
+        sa.PrimaryKeyConstraint("reason", name=op.f("pk_rejections")),
     )
     op.create_table(
         "stages",
@@ -228,6 +248,7 @@ def upgrade() -> None:
         sa.Column("sha256", sa.Text(), nullable=False),
         sa.Column("state", sa.Text(), server_default="pending", nullable=False),
         sa.Column("attempts", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("deaths", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("lease_token", sa.BigInteger(), nullable=True),
         sa.Column("worker_id", sa.BigInteger(), nullable=True),
         sa.Column("claimed_at", postgresql.TIMESTAMP(timezone=True), nullable=True),
@@ -252,7 +273,7 @@ def upgrade() -> None:
         sa.CheckConstraint(
             "state IN ('pending', 'running', 'done', 'failed')", name=op.f("ck_chunks_state_known")
         ),
-        sa.CheckConstraint("attempts >= 0", name=op.f("ck_chunks_attempts_positive")),
+        sa.CheckConstraint("deaths BETWEEN 0 AND attempts", name=op.f("ck_chunks_deaths_are_attempts")),
         sa.CheckConstraint(
             "byte_end > byte_start AND first_record >= 1 AND records >= 1",
             name=op.f("ck_chunks_range_not_empty"),
@@ -269,6 +290,9 @@ def upgrade() -> None:
         ["worker_id"],
         unique=False,
         postgresql_where=sa.text("state = 'running'"),
+    )
+    op.create_index(
+        "ix_chunks_suspect", "chunks", ["job_id"], unique=False, postgresql_where=sa.text("deaths > 0")
     )
     op.create_table(
         "failures",
@@ -360,7 +384,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_outbox_due",
         "outbox",
-        ["queue", "id"],
+        ["queue", "chunk_id"],
         unique=False,
         postgresql_where=sa.text("published_at IS NULL"),
     )
@@ -393,6 +417,7 @@ def downgrade() -> None:
         "jobs",
         "workers",
         "stages",
+        "rejections",
         "models",
         "inputs",
     ):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import stat
+from configparser import RawConfigParser
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+import redis
+from sqlalchemy import create_engine, inspect, make_url, text
 
 from tests.conftest import RunningStack
 from virnucpro_core.errors import ServiceError
@@ -52,6 +55,89 @@ def test_no_secret_is_in_an_argument_list_or_an_environment(stack: RunningStack)
         for text in (*process.cmdline(), *process.environ().values())
     ]
     assert not [text for text in shown for secret in secrets if secret in text]
+
+
+def read_secrets(stack: RunningStack) -> dict[str, str]:
+    """All that was generated, and the URLs that passwords are in."""
+    secrets = {file.name: file.read_text() for file in (stack.stack.folder / "secrets").iterdir()}
+    assert len(secrets) >= 10
+    return secrets
+
+
+def test_no_secret_is_in_a_log(stack: RunningStack) -> None:
+    folder = stack.stack.folder
+    logs = [
+        *(folder / "logs").glob("*"),
+        *(folder / "airflow" / "logs").rglob("*.log"),
+        *folder.rglob("*.log"),
+    ]
+    assert {"postgres.log", "valkey.log"} - {log.name for log in logs} == set()
+    assert sum(log.stat().st_size for log in logs) > 10_000
+    told = [
+        (log.name, name)
+        for log in logs
+        if log.is_file()
+        for name, secret in read_secrets(stack).items()
+        if secret.encode() in log.read_bytes()
+    ]
+    assert told == []
+
+
+def test_no_secret_is_in_the_broker_or_in_airflows_tables(stack: RunningStack) -> None:
+    """Where the arguments of tasks lie: of Celery's in the broker, of Airflow's in its tables."""
+    secrets = read_secrets(stack)
+    with redis.Redis.from_url(stack.read_url("broker")) as broker:
+        dumps = [bytes(broker.dump(key) or b"") for key in broker.keys("*")]
+    assert dumps
+    assert not [name for name, secret in secrets.items() for dump in dumps if secret.encode() in dump]
+    parser = RawConfigParser()
+    parser.read(stack.stack.folder / "airflow" / "airflow.cfg")
+    url = make_url(parser["database"]["sql_alchemy_conn"].replace("%%", "%"))
+    found = []
+    with create_engine(url).connect() as connection:
+        for table in inspect(connection).get_table_names():
+            rows = str(connection.execute(text(f'SELECT * FROM "{table}"')).all())
+            found += [(table, name) for name, secret in secrets.items() if secret in rows]
+    connection.engine.dispose()
+    assert found == []
+
+
+@pytest.mark.parametrize("page", ["/", "/workers", "/broker", "/tasks", "/api/workers?refresh=1"])
+def test_no_secret_is_on_a_page_of_flowers(stack: RunningStack, page: str) -> None:
+    """It shows configurations, to whoever is logged in."""
+    secrets = read_secrets(stack)
+    answer = httpx.get(
+        stack.description.urls["Flower"] + page,
+        auth=("admin", secrets["flower-admin"]),
+        follow_redirects=True,
+        timeout=30,
+    )
+    assert answer.status_code == httpx.codes.OK
+    assert not [name for name, secret in secrets.items() if secret in answer.text]
+
+
+def test_strangers_can_do_nothing_to_workers_and_runs(stack: RunningStack) -> None:
+    flower, airflow = stack.description.urls["Flower"], stack.description.urls["Airflow"]
+    for method, url in [
+        ("GET", f"{flower}/"),
+        ("GET", f"{flower}/api/workers"),
+        ("GET", f"{flower}/api/tasks"),
+        ("POST", f"{flower}/api/worker/shutdown/extract"),
+        ("POST", f"{flower}/api/task/send-task/virnucpro.extract"),
+        ("GET", f"{airflow}/api/v2/dags/virnucpro_ingest/dagRuns"),
+        ("GET", f"{airflow}/api/v2/config"),
+        ("GET", f"{airflow}/api/v2/connections"),
+        ("POST", f"{airflow}/api/v2/dags/virnucpro_ingest/dagRuns"),
+        ("PATCH", f"{airflow}/api/v2/dags/virnucpro_ingest"),
+    ]:
+        answer = httpx.request(method, url, json={} if method != "GET" else None, timeout=30)
+        assert answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN), (method, url)
+    wrong = httpx.get(f"{flower}/workers", auth=("admin", "admin"))
+    assert wrong.status_code == httpx.codes.UNAUTHORIZED
+    # Flower has these two open, for who watches: they count.
+    for page in ("metrics", "healthcheck"):
+        told = httpx.get(f"{flower}/{page}").text
+        assert not [name for name, secret in read_secrets(stack).items() if secret in told]
 
 
 def test_secrets_are_in_files_of_their_owner_alone(stack: RunningStack) -> None:

@@ -201,6 +201,19 @@ def test_a_bad_file_does_not_keep_the_others_of_its_batch_out(ledger: Engine, in
     assert registered["job"] is not None
 
 
+def test_a_name_that_leads_out_of_the_inbox_is_refused(
+    ledger: Engine, inbox: Path, tmp_path: Path, settings_environment: Callable[..., None]
+) -> None:
+    settings_environment(input_roots="")
+    outside = write_fasta(tmp_path / "outside.fasta", "MKV")
+    (inbox / "link.fasta").symlink_to(outside)
+    named = find_inputs(inbox, ["link.fasta", "../outside.fasta", str(outside), "a\0b.fasta"])
+    *refused, registered = register(*named, write_fasta(inbox / "good.fasta", "MKVLAT"))
+    assert [file["job"] for file in refused] == [None] * 4
+    assert all("leads out of" in file["refused"] for file in refused)
+    assert registered["job"] is not None
+
+
 def test_a_bad_file_alone_fails_its_task_with_file_and_line(ledger: Engine, inbox: Path) -> None:
     bad = inbox / "bad.fasta"
     bad.write_text("\nMKV\n>a\nMKV\n")

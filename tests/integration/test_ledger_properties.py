@@ -22,7 +22,7 @@ from sqlalchemy import Engine, text
 
 from tests import ledger_jobs as jobs
 from virnucpro_core.errors import StaleLeaseError
-from virnucpro_core.ledger import queries, transitions, workers
+from virnucpro_core.ledger import queries, suspects, transitions, workers
 from virnucpro_core.ledger.database import in_transaction, open_ledger
 from virnucpro_core.ledger.jobs import cancel, resume
 from virnucpro_core.ledger.work import Claim, Registered
@@ -113,6 +113,22 @@ class LedgerMachine(RuleBasedStateMachine):
         with suppress(StaleLeaseError):
             transitions.fail(self.connection, claimed, "bad luck", max_attempts=2, permanent=permanent)
 
+    @precondition(lambda self: self.held)
+    @rule(pick=st.integers(0, 9))
+    def process_breaks(self, pick: int) -> None:
+        claimed = self.held.pop(pick % len(self.held))
+        with suppress(StaleLeaseError):
+            suspects.break_down(self.connection, claimed, "CUDA error", max_attempts=2)
+
+    @precondition(lambda self: self.held)
+    @rule(pick=st.integers(0, 9))
+    def chunk_is_halved(self, pick: int) -> None:
+        claimed = self.held[pick % len(self.held)]
+        if claimed.work.stage != "extract" or claimed.work.range.records == 1:
+            return
+        with suppress(StaleLeaseError):
+            suspects.split(self.connection, claimed, jobs.halves_of(claimed))
+
     @rule(node=st.sampled_from(["one", "two"]))
     def worker_is_replaced(self, node: str) -> None:
         self.workers[node] = jobs.start_worker(self.connection, node)
@@ -166,6 +182,18 @@ class LedgerMachine(RuleBasedStateMachine):
             job.chunks_left,
         )
         assert len(list(queries.failures_of(self.connection, job.id))) == job.failed
+
+    @invariant()
+    def chunks_cover_the_input_once(self) -> None:
+        chunks = queries.chunk_ranges(self.connection, self.job.job_id)
+        assert [chunk.first_record for chunk in chunks] == [
+            1,
+            *(chunk.first_record + chunk.records for chunk in chunks[:-1]),
+        ]
+        assert sum(chunk.records for chunk in chunks) == self.job_row().records
+        assert sorted(chunk.ordinal for chunk in chunks) == list(range(len(chunks)))
+        if self.job_row().stage == "extract":
+            assert self.job_row().chunks_total == len(chunks)
 
     @invariant()
     def every_waiting_chunk_has_a_message_and_no_other(self) -> None:

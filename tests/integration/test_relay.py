@@ -19,6 +19,7 @@ from sqlalchemy import Engine, make_url, text
 
 from tests import ledger_jobs
 from virnucpro_core.ledger.database import in_transaction, open_ledger
+from virnucpro_core.ledger.suspects import HOPELESS_DEATHS
 from virnucpro_core.settings import load_settings
 from virnucpro_core.stack.processes import Secrets, choose_port
 from virnucpro_core.stack.valkey import ValkeyServer
@@ -120,6 +121,18 @@ def test_flushed_broker_is_filled_again(relay: Relay, ledger: Engine, broker: re
     assert queued(broker) == 2
 
 
+def test_message_whose_row_a_stopped_process_has_locked_holds_up_no_other(
+    relay: Relay, ledger: Engine, broker: redis.Redis
+) -> None:
+    relay.turn()
+    broker.flushdb()
+    age_messages(ledger, 6)
+    with ledger.begin() as stopped:
+        stopped.execute(text("SELECT 1 FROM outbox WHERE chunk_id = 1 FOR UPDATE"))
+        relay.turn()
+        assert queued(broker) == 1
+
+
 def test_waiting_message_is_not_sent_again(relay: Relay, ledger: Engine, broker: redis.Redis) -> None:
     relay.turn()
     age_messages(ledger, 600)
@@ -166,20 +179,19 @@ def test_chunk_of_a_silent_or_stuck_worker_is_freed(
     assert reap(ledger, load_settings()) == []
 
 
-def test_chunk_that_its_workers_do_not_survive_fails_with_its_job(
-    ledger: Engine, settings_environment: Callable[..., None]
-) -> None:
-    settings_environment(max_attempts=2)
+def test_chunk_that_no_worker_survives_fails_with_its_job(ledger: Engine) -> None:
     (first, *_) = in_transaction(ledger, ledger_jobs.pending_chunks, 1)
-    for _ in range(2):
+    states = []
+    for _ in range(HOPELESS_DEATHS):
         worker = in_transaction(ledger, ledger_jobs.start_worker)
         in_transaction(ledger, ledger_jobs.claim, first, worker)
         expire(ledger, worker, "lease_expires_at")
         (recovered,) = reap(ledger, load_settings())
-    assert recovered.state == "failed"
-    state = in_transaction(ledger, lambda tx: tx.execute(text("SELECT state, error FROM jobs")).one())
-    assert state.state == "failed"
-    assert "no attempt is left" in state.error
+        states.append(recovered.state)
+    assert states == ["pending"] * (HOPELESS_DEATHS - 1) + ["failed"]
+    job = in_transaction(ledger, lambda tx: tx.execute(text("SELECT state, error FROM jobs")).one())
+    assert job.state == "failed"
+    assert "workers died of it" in job.error
 
 
 def test_lock_held_by_a_stopped_process_does_not_hold_up_the_reaper(ledger: Engine) -> None:

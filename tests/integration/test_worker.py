@@ -172,7 +172,9 @@ def test_messages_are_hints(pipeline: Pipeline, small_fasta: Path) -> None:
     assert job.embeddings == RECORDS - FAILURES
     assert {row.attempts for row in pipeline.rows("SELECT attempts FROM chunks")} == {1}
     assert pipeline.logs().count("committed") == len(chunks) + 2
-    assert pipeline.logs().count("message_rejected") == 6
+    assert pipeline.logs().count("message_rejected") == 8
+    counted = {row.reason: row.messages for row in pipeline.rows("SELECT * FROM rejections")}
+    assert counted == {"stage": 1, "task": 1, "chunk": 6}
 
 
 def running_child(pipeline: Pipeline) -> tuple[int, int] | None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import text
 
 from tests import ledger_jobs
 from virnucpro_core.ledger.database import in_transaction
+from virnucpro_core.ledger.work import Work
 from workers.process import WorkerProcess
+from workers.reaper import reap
+from workers.stages import keep_extraction
 
 if TYPE_CHECKING:
     from tests.fixtures_pipeline import Pipeline
@@ -129,3 +134,96 @@ def test_input_that_cannot_be_read_for_a_while_is_tried_again(
     away.rename(small_fasta)
     process.run("extract", first)
     pipeline.wait_until(lambda: chunk_row(pipeline, first) == ("done", 2, None))
+
+
+def test_new_child_and_the_reaper_wait_for_no_lock(
+    pipeline: Pipeline, small_fasta: Path, start: Callable[[], WorkerProcess]
+) -> None:
+    """A process that hangs inside a transaction holds its job, and no worker shall wait behind it unseen."""
+    first, *_ = submit(pipeline, small_fasta)
+    before = in_transaction(pipeline.ledger, ledger_jobs.start_worker, "extract@test")
+    in_transaction(pipeline.ledger, ledger_jobs.claim, first, before)
+    silent = in_transaction(pipeline.ledger, ledger_jobs.start_worker, "silent@test", lease_seconds=-1)
+    with pipeline.ledger.begin() as hanging:
+        hanging.execute(text("SELECT 1 FROM jobs FOR UPDATE"))
+        process = start()
+        process.heartbeat.wait_for_worker()
+        assert reap(pipeline.ledger, pipeline.settings) == []
+        states = {row.id: row.state for row in pipeline.rows("SELECT id, state FROM workers")}
+        assert (states[before], states[silent]) == ("gone", "gone")
+    pipeline.wait_until(
+        lambda: reap(pipeline.ledger, pipeline.settings) or chunk_row(pipeline, first).state == "pending"
+    )
+    assert chunk_row(pipeline, first)[:2] == ("pending", 1)
+
+
+def suspect(pipeline: Pipeline, chunk: int, deaths: int) -> None:
+    """So many workers are said to have died of a chunk."""
+    change = text("UPDATE chunks SET attempts = :deaths, deaths = :deaths WHERE id = :chunk")
+    in_transaction(pipeline.ledger, lambda tx: tx.execute(change, {"chunk": chunk, "deaths": deaths}))
+
+
+def test_suspect_is_embedded_when_nothing_else_can_die_with_it(
+    pipeline: Pipeline,
+    small_fasta: Path,
+    start: Callable[[], WorkerProcess],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second, *_ = submit(pipeline, small_fasta)
+    suspect(pipeline, second, deaths=1)
+    process = start()
+    taken, take = Event(), process.look_ahead.take
+    states = []
+
+    def wait_for_the_second(*arguments: Any) -> Any:
+        taken.wait(1.0)
+        return keep_extraction(*arguments)
+
+    def note_first(work: Work) -> Any:
+        if work.chunk_id == second:
+            taken.set()
+            states.append(chunk_row(pipeline, first).state)
+        return take(work)
+
+    monkeypatch.setattr("workers.process.keep_extraction", wait_for_the_second)
+    monkeypatch.setattr(process.look_ahead, "take", note_first)
+    process.run("extract", first)
+    process.run("extract", second)
+    assert states == ["done"]
+    assert chunk_row(pipeline, second).state == "done", "it has to be written before the next is taken"
+
+
+def test_chunk_that_killed_twice_is_halved_and_not_embedded(
+    pipeline: Pipeline, small_fasta: Path, start: Callable[[], WorkerProcess]
+) -> None:
+    first, *others = submit(pipeline, small_fasta)
+    (whole,) = pipeline.rows("SELECT records FROM chunks WHERE id = :chunk", chunk=first)
+    suspect(pipeline, first, deaths=2)
+    process = start()
+    process.run("extract", first)
+    halves = pipeline.rows(
+        "SELECT id, state, records, ordinal FROM chunks WHERE NOT id = ANY(:known) ORDER BY id",
+        known=[first, *others],
+    )
+    assert [half.state for half in halves] == ["pending", "pending"]
+    assert sum(half.records for half in halves) == whole.records
+    assert [half.ordinal for half in halves] == [0, len(others) + 1]
+    for half in halves:
+        process.run("extract", half.id)
+        assert chunk_row(pipeline, half.id).state == "done"
+
+
+def test_record_that_killed_alone_is_a_failure(
+    pipeline: Pipeline, tmp_path: Path, start: Callable[[], WorkerProcess]
+) -> None:
+    path = tmp_path / "inbox" / "one.fasta"
+    path.write_text(">one of one\nMKVLAG\n")
+    (chunk,) = submit(pipeline, path)
+    suspect(pipeline, chunk, deaths=4)
+    start().run("extract", chunk)
+    assert chunk_row(pipeline, chunk).state == "done"
+    assert pipeline.rows("SELECT record, record_id, reason, detail FROM failures") == [
+        (1, "one", "poison", "4 processes ended while they embedded it")
+    ]
+    (artifact,) = pipeline.rows("SELECT rows FROM artifacts")
+    assert artifact.rows == 0

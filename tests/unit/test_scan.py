@@ -243,6 +243,7 @@ NUCLEOTIDES = b">read\nACGTACGTTTGACCANNACGTAGGACCTTAGACCAGT\n"
         pytest.param(">a\nMK\n".encode("utf-16"), "binary", 1, id="UTF-16"),
         pytest.param(b"\xef\xbb\xbf>a\nMK\n", "byte-order mark", 1, id="byte-order mark"),
         pytest.param(b"\n\nMKLV\n>a\nMK\n", "before the first header", 3, id="sequence first"),
+        pytest.param(b"\n >a\nMK\n", "white space before the first header", 2, id="an indented header"),
         pytest.param(b">a\rMK\r>b\rMK\r", "carriage returns", 1, id="CR alone"),
         pytest.param(b"\n" + NUCLEOTIDES, "nucleotides", 2, id="nucleotides"),
         pytest.param(b"\n" + NUCLEOTIDES.lower(), "nucleotides", 2, id="nucleotides in lower case"),

@@ -12,6 +12,7 @@ import pytest
 from virnucpro_core.errors import SettingsError
 from virnucpro_core.settings import Settings
 from virnucpro_core.stack.composition import Composition, compose
+from virnucpro_core.stack.demo import read_also
 from virnucpro_core.stack.description import SOCKET, Description, read_description, use_running_stack
 
 pytestmark = pytest.mark.unit
@@ -67,7 +68,7 @@ def test_no_secret_is_in_an_argument_an_environment_or_an_open_file(tmp_path: Pa
 
 
 def test_each_program_gets_the_database_role_that_it_needs(tmp_path: Path) -> None:
-    expected = {"postgres": "", "valkey": "", "workers": "worker", "relay": "worker", "flower": "worker"}
+    expected = {"postgres": "", "valkey": "", "workers": "worker", "relay": "worker", "flower": ""}
     expected |= {"api-server": "dag", "scheduler": "dag", "dag-processor": "dag", "triggerer": "dag"}
     for program in compose_at(tmp_path).programs:
         given = [name for name in program.environment if name.endswith("_DATABASE_URL_FILE")]
@@ -83,6 +84,35 @@ def test_programs_are_told_the_settings_that_were_made(tmp_path: Path) -> None:
     assert environment["VIRNUCPRO_INBOX"] == str(Path.cwd() / "here")
     assert environment["VIRNUCPRO_DTYPE"] == "float32"
     assert "VIRNUCPRO_LEASE_SECONDS" not in environment
+
+
+def input_roots_of(settings: Settings, folder: Path) -> set[str]:
+    """What the programs of a stack are told of the input roots; the servers are told nothing."""
+    parts = compose(settings, folder, gpus="none", fixed_ports=False)
+    told = {p.name: p.environment.get("VIRNUCPRO_INPUT_ROOTS", "") for p in parts.programs}
+    assert {name for name, roots in told.items() if not roots} == {"postgres", "valkey"}
+    return set(told.values()) - {""} | {parts.description.environment["VIRNUCPRO_INPUT_ROOTS"]}
+
+
+def test_programs_and_commands_read_inputs_from_the_same_roots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert input_roots_of(Settings(), tmp_path / "a") == {f"{tmp_path}:/home/somebody"}
+    told = input_roots_of(Settings(input_roots=(Path("/data"), Path("here"))), tmp_path / "b")
+    assert told == {f"/data:{tmp_path}/here"}
+
+
+def test_the_demonstration_reads_its_files_folder_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.fasta").touch()
+    (tmp_path / "link.fasta").symlink_to("data/a.fasta")
+    settings = read_also(Settings(input_roots=(Path("/mine"),)), Path("link.fasta"))
+    assert input_roots_of(settings, tmp_path / "state") == {f"/mine:{tmp_path}/data"}
 
 
 @pytest.fixture

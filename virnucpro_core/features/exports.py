@@ -7,23 +7,39 @@ The format asks for one tensor object per row: on two cores that took 60 µs and
 from __future__ import annotations
 
 import os
+import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from virnucpro_core.errors import ArtifactError, MismatchError
-from virnucpro_core.features.files import NewFile, Written, new_file, open_artifact
+from virnucpro_core.features.files import BLOCK_BYTES, NewFile, Written, new_file, open_artifact
 from virnucpro_core.features.matrices import Matrix
 from virnucpro_core.recipe import EMBEDDING_WIDTH
 from virnucpro_core.sizes import EXPORT_ROWS
 
 if TYPE_CHECKING:
     import torch
+
+_CALL = re.compile(rb"c((?:torch|collections|_codecs|builtins|__builtin__)[\w.]*)\n([\w.]+)\n")
+"""The instruction of a pickle that names something to call, from a module that torch takes such things from."""
+
+_LONGEST_CALL = 256
+
+_LEAST_ROW_BYTES = 768
+"""Bytes of a row at least: 768 small integers in a pickle take twice that, 1280 float32 take 5120."""
+
+_CALLS = {"torch._utils._rebuild_tensor_v2", "collections.OrderedDict"} | {
+    f"torch.{kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int")
+}
+"""What `torch.save` writes for tensors. torch lets a pickle call more than this, `bytearray` for one, which makes
+gigabytes of a number."""
 
 
 def export_names(target: Path, shards: int) -> list[Path]:
@@ -108,33 +124,68 @@ def read_pt(path: Path, *, width: int = EMBEDDING_WIDTH) -> tuple[list[str], lis
     return ids, rows
 
 
-def load_pt(path: Path, keys: set[str], *, optional: AbstractSet[str] = frozenset()) -> dict[str, object]:
+def load_pt(
+    path: Path, keys: set[str], *, optional: AbstractSet[str] = frozenset(), file: BinaryIO | None = None
+) -> dict[str, object]:
     """Loads a `.pt` file that is a dict with these keys and no others, and runs nothing that is in it.
+
+    Args:
+        path: the file.
+        file: the same, if it has been opened already.
 
     Raises:
         ArtifactError: it is missing, damaged, holds more than tensors and plain values, or has other keys.
     """
     import torch
 
-    with open_artifact(path) as file:
+    with open_artifact(path) if file is None else nullcontext(file) as opened:
         try:
-            with zipfile.ZipFile(file) as archive:
-                entries = archive.infolist()
-            # torch stores without compression: a file that would unpack to more than itself is not torch's.
-            unpacked = sum(entry.file_size for entry in entries)
-            honest = unpacked <= os.fstat(file.fileno()).st_size
-            if honest:
-                file.seek(0)
-                content = torch.load(file, map_location="cpu", weights_only=True)
+            fault = find_trap(opened)
+            if not fault:
+                opened.seek(0)
+                content = torch.load(opened, map_location="cpu", weights_only=True)
+            size = os.fstat(opened.fileno()).st_size
         # What the decoders raise on hostile bytes is not listed anywhere; all of it means the same here.
         except Exception as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise odd_pt(path, reason.rstrip(".")) from error
-    if not honest:
-        raise odd_pt(path, "it would unpack to more than its own size")
+    if fault:
+        raise odd_pt(path, fault)
     if not isinstance(content, dict) or set(content) - optional != keys:
         raise odd_pt(path, f"its keys are not {', '.join(sorted(keys))}")
+    # A pickle may name one row many times over; each would take its full memory here.
+    if any(isinstance(value, list) and len(value) * _LEAST_ROW_BYTES > size for value in content.values()):
+        raise odd_pt(path, "it names more rows than it has room for")
     return content
+
+
+def find_trap(file: BinaryIO) -> str:
+    """What makes a `.pt` file one that `torch.load` must not see, though it would run nothing; empty if nothing.
+
+    What is checked here would take memory without end from a few bytes.
+    """
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        # torch stores without compression: a file that would unpack to more than itself is not torch's.
+        if sum(entry.file_size for entry in entries) > os.fstat(file.fileno()).st_size:
+            return "it would unpack to more than its own size"
+        for entry in entries:
+            if not entry.filename.lower().endswith(".pkl"):  # torch looks for names in any case
+                continue
+            with archive.open(entry) as stream:
+                for called in find_calls(stream):
+                    if called not in _CALLS:
+                        return f"it calls {called}"
+    return ""
+
+
+def find_calls(stream: IO[bytes]) -> Iterator[str]:
+    """What a pickle calls among the things that `torch.load` would let it call, by their full names."""
+    overlap = b""
+    while block := stream.read(BLOCK_BYTES):
+        for module, name in _CALL.findall(overlap + block):
+            yield f"{module.decode()}.{name.decode()}"
+        overlap = block[-_LONGEST_CALL:]
 
 
 def read_strings(value: object, path: Path) -> list[str]:

@@ -17,6 +17,7 @@ from virnucpro_core.recipe import Dtype, Recipe, ResiduePolicy
 
 _FORMAT = 1
 _MAX_BYTES = 16 << 20
+_LONGEST_REASON = 300  # characters; a reason quotes what it found
 _PACKAGES = ("numpy", "safetensors", "torch", "transformers")
 
 
@@ -123,9 +124,12 @@ def read_manifest(path: Path) -> Manifest:
     if len(text) > _MAX_BYTES:
         raise _odd(path, "it is too large")
     try:
-        return _decode(json.loads(text))
+        content = json.loads(text)
+        # JSON can hold half a surrogate pair, and numbers beyond all: neither could be written again.
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+        return _decode(content)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise _odd(path, str(error) or type(error).__name__) from error
+        raise _odd(path, str(error)[:_LONGEST_REASON] or type(error).__name__) from error
 
 
 def find_faults(manifest: Manifest, folder: Path) -> list[str]:
@@ -216,7 +220,6 @@ def _list(value: object) -> list[object]:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not text")
-    value.encode()  # JSON can hold half a surrogate pair, which no file name or report can
     return value
 
 

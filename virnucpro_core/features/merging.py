@@ -8,7 +8,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -168,13 +168,17 @@ class Nucleotides:
         return Nucleotides(self.path, [self.ids[row] for row in rows.tolist()], self.rows[rows])
 
 
-def read_nucleotides(path: Path) -> Nucleotides:
+def read_nucleotides(path: Path, file: BinaryIO | None = None) -> Nucleotides:
     """Reads `{'nucleotide': [id, …], 'data': [{'label': …, 'mean_representation': [768 numbers]}, …]}`.
+
+    Args:
+        path: the file.
+        file: the same, if it has been opened already; read from its start.
 
     Raises:
         ArtifactError: the file holds anything else, or numbers that are not finite.
     """
-    content = load_pt(path, {"nucleotide", "data"})
+    content = load_pt(path, {"nucleotide", "data"}, file=file)
     ids, entries = read_strings(content["nucleotide"], path), content["data"]
     if not isinstance(entries, list) or len(entries) != len(ids):
         raise odd_pt(path, "it does not hold one entry per id")

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 TRANSACTION_ATTEMPTS = 5
 CONNECT_TIMEOUT = 10  # seconds
-IDLE_TIMEOUT = 300  # seconds a transaction may wait for its client: a stopped process must not keep its locks
+IDLE_TIMEOUT = 20  # seconds a transaction may wait for its client: a stopped process must not keep its locks
 SERIALIZATION_FAILURE, DEADLOCK_DETECTED = "40001", "40P01"
 UNDEFINED_TABLE, INVALID_PASSWORD, INVALID_CATALOG = "42P01", "28P01", "3D000"
 

@@ -25,12 +25,22 @@ from virnucpro_core.sequences.chunks import ChunkRange
 
 def enter_chunks(tx: Connection, job_id: int, chunks: Sequence[ChunkRange]) -> None:
     """Enter a job's extract chunks and make their messages due."""
+    insert_chunks(tx, job_id, chunks)
+    enqueue_pending(tx, job_id)
+
+
+def insert_chunks(tx: Connection, job_id: int, chunks: Sequence[ChunkRange], *, deaths: int = 0) -> None:
+    """Enter extract chunks.
+
+    Args:
+        deaths: workers that died of the records in them, in larger chunks.
+    """
     tx.execute(
         text("""
             INSERT INTO chunks (job_id, stage, ordinal, byte_start, byte_end, virtual_start, first_record, records,
-                                residues, sha256)
+                                residues, sha256, attempts, deaths)
             VALUES (:job, :stage, :ordinal, :byte_start, :byte_end, :virtual_start, :first_record, :records,
-                    :residues, :sha256)
+                    :residues, :sha256, :deaths, :deaths)
         """),
         [
             {
@@ -44,11 +54,11 @@ def enter_chunks(tx: Connection, job_id: int, chunks: Sequence[ChunkRange]) -> N
                 "records": chunk.records,
                 "residues": chunk.residues,
                 "sha256": chunk.sha256,
+                "deaths": deaths,
             }
             for chunk in chunks
         ],
     )
-    enqueue_pending(tx, job_id)
 
 
 def enqueue_pending(tx: Connection, job_id: int) -> None:
@@ -105,10 +115,10 @@ def resume(tx: Connection, job_id: int, lost: Sequence[int] = ()) -> Resumed:
     tx.execute(text("DELETE FROM artifacts WHERE id = ANY(:lost)"), {"lost": list(lost)})
     tx.execute(
         text("""
-            UPDATE chunks SET state = 'pending', attempts = 0, finished_at = NULL
-             WHERE job_id = :job AND state = 'failed'
+            UPDATE chunks SET state = 'pending', attempts = 0, deaths = 0, finished_at = NULL
+             WHERE job_id = :job AND (state = 'failed' OR (state = 'pending' AND :ended))
         """),
-        {"job": job_id},
+        {"job": job_id, "ended": job.state != "running"},
     )
     tx.execute(
         text("""
@@ -213,7 +223,7 @@ def reset_lost_chunks(tx: Connection, job_id: int) -> int:
     tx.execute(
         text("""
             UPDATE chunks
-               SET state = 'pending', attempts = 0, finished_at = NULL, embeddings = NULL, failed = NULL,
+               SET state = 'pending', attempts = 0, deaths = 0, finished_at = NULL, embeddings = NULL, failed = NULL,
                    truncated = 0, unknown = 0, tokens = 0, seconds = NULL, error = 'its artifact was lost'
              WHERE id = ANY(:chunks)
         """),

@@ -52,9 +52,10 @@ def queue_states(tx: Connection, *, republish_seconds: float) -> list[QueueState
 
 
 def take_due(tx: Connection, queue: str, limit: int) -> list[Message]:
-    """Mark up to `limit` due messages as published and return them, oldest first.
+    """Mark up to `limit` due messages as published and return them, those of the oldest chunks first.
 
-    The caller publishes before it commits: a message may be sent twice, never lost.
+    So a chunk that was taken back from a dead worker does not wait behind all that have never run. The caller
+    publishes before it commits: a message may be sent twice, never lost.
     """
     return messages(
         tx,
@@ -63,7 +64,7 @@ def take_due(tx: Connection, queue: str, limit: int) -> list[Message]:
                 UPDATE outbox SET published_at = now()
                  WHERE id IN (SELECT id FROM outbox
                                WHERE queue = :queue AND published_at IS NULL AND due_at <= now()
-                               ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED)
+                               ORDER BY chunk_id LIMIT :limit FOR UPDATE SKIP LOCKED)
                 RETURNING chunk_id
             """),
             {"queue": queue, "limit": limit},
@@ -80,7 +81,9 @@ def take_overdue(tx: Connection, queue: str, *, republish_seconds: float) -> lis
         tx.execute(
             text("""
                 UPDATE outbox SET published_at = now()
-                 WHERE queue = :queue AND published_at < now() - make_interval(secs => :age)
+                 WHERE id IN (SELECT id FROM outbox
+                               WHERE queue = :queue AND published_at < now() - make_interval(secs => :age)
+                                 FOR UPDATE SKIP LOCKED)
                 RETURNING chunk_id
             """),
             {"queue": queue, "age": republish_seconds},

@@ -88,8 +88,9 @@ def artifacts_of(tx: Connection, job_id: int, *, stage: str | None = None) -> li
             SELECT a.id, a.stage, a.ordinal, a.kind, a.path, a.sha256, a.bytes, a.rows
               FROM artifacts a JOIN jobs j ON j.id = a.job_id AND j.generation = a.generation
               JOIN stages s ON s.name = a.stage
+              LEFT JOIN chunks c ON c.job_id = a.job_id AND c.stage = a.stage AND c.ordinal = a.ordinal
              WHERE a.job_id = :job AND (CAST(:stage AS text) IS NULL OR a.stage = :stage)
-             ORDER BY s.position, a.ordinal, a.id
+             ORDER BY s.position, c.first_record, a.id
         """),
         {"job": job_id, "stage": stage},
     )
@@ -165,7 +166,7 @@ def chunk_ranges(tx: Connection, job_id: int) -> list[ChunkRange]:
     rows = tx.execute(
         text("""
             SELECT ordinal, byte_start, byte_end, virtual_start, first_record, records, residues, sha256
-              FROM chunks WHERE job_id = :job AND stage = 'extract' ORDER BY ordinal
+              FROM chunks WHERE job_id = :job AND stage = 'extract' ORDER BY first_record
         """),
         {"job": job_id},
     )
@@ -252,7 +253,7 @@ def next_pending(tx: Connection, queue: str, limit: int) -> list[int]:
     return list(
         tx.execute(
             text(
-                "SELECT chunk_id FROM outbox WHERE queue = :queue AND due_at <= now() ORDER BY id LIMIT :limit"
+                "SELECT chunk_id FROM outbox WHERE queue = :queue AND due_at <= now() ORDER BY chunk_id LIMIT :limit"
             ),
             {"queue": queue, "limit": limit},
         ).scalars()

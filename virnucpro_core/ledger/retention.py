@@ -7,6 +7,7 @@ from pathlib import Path
 from sqlalchemy import Connection, text
 
 from virnucpro_core.ledger.transitions import EXTRACT
+from virnucpro_core.roots import OUTPUT_ADVICE, resolve_below
 
 
 def expired_jobs(tx: Connection, *, keep_days: float) -> list[int]:
@@ -30,6 +31,9 @@ def remove_chunks(tx: Connection, job_id: int, output_root: Path) -> int:
 
     Returns:
         How many were removed; 0 if the job has been reopened meanwhile.
+
+    Raises:
+        OutsideError: a recorded path leads out of the output root.
     """
     still = tx.execute(
         text("SELECT 1 FROM jobs WHERE id = :job AND state = 'succeeded' FOR UPDATE"), {"job": job_id}
@@ -43,7 +47,7 @@ def remove_chunks(tx: Connection, job_id: int, output_root: Path) -> int:
         ).scalars()
     )
     for path in paths:
-        (output_root / path).unlink(missing_ok=True)
+        resolve_below(output_root / path, [output_root], todo=OUTPUT_ADVICE).unlink(missing_ok=True)
     return len(paths)
 
 

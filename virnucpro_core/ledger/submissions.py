@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ from virnucpro_core.errors import InputError
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.registration import recipe_for, register
 from virnucpro_core.ledger.work import Submission
+from virnucpro_core.roots import open_below, resolve_below
 from virnucpro_core.sequences.scan import scan_input
 from virnucpro_core.settings import Settings
 
@@ -96,7 +97,8 @@ def submit_file(
     Args:
         ledger: the ledger, as the role `dag`.
         path: a FASTA file that the workers can read under the same path.
-        settings: dtype and residue policy of the recipe, the chunks' size, and defaults for what is not given.
+        settings: the folders that inputs are read from, dtype and residue policy of the recipe, the chunks' size,
+            and defaults for what is not given.
         requested_by: who asks, a DAG run or a person.
         model: a registered model's name; the settings' model if None.
         nucleotides: the `*_DNABERT_S.pt` file to merge the result with.
@@ -110,11 +112,15 @@ def submit_file(
     Raises:
         SettingsError: no model is named anywhere.
         WeightsError: no model has that name.
+        OutsideError: one of the files lies outside the folders that inputs are read from.
         InputError: one of the files cannot be used as a whole.
         ArtifactError: the spool cannot be written.
         ServiceError: the ledger cannot be used.
     """
     path = path.absolute()
+    roots = settings.input_folders
+    # Before anything else is said of a file that is none of theirs.
+    resolve_below(path, roots)
     name = settings.require_model(model)
     # Before the scan, which takes long: a wrong model's name is told at once.
     recipe = in_transaction(ledger, recipe_for, name, dtype=settings.dtype, residues=settings.residues)
@@ -125,12 +131,14 @@ def submit_file(
         max_failed_share=settings.max_failed_share if max_failed_share is None else max_failed_share,
         label=label,
         nucleotide_path="" if nucleotides is None else check_name(nucleotides.absolute()),
-        nucleotide_sha256="" if nucleotides is None else hash_nucleotides(nucleotides),
+        nucleotide_sha256="" if nucleotides is None else hash_nucleotides(nucleotides, roots),
     )
     scanned = scan_input(
         path,
         chunk_tokens=settings.chunk_tokens,
         spool_root=settings.spool_root.absolute(),
+        roots=roots,
+        max_expansion=settings.max_expansion,
         truncation=recipe.truncation,
         allow_nucleotides=allow_nucleotides,
         on_progress=on_progress,
@@ -171,14 +179,15 @@ def check_name(path: Path) -> str:
     return str(path)
 
 
-def hash_nucleotides(path: Path) -> str:
-    """sha256 of a nucleotide file.
+def hash_nucleotides(path: Path, roots: Sequence[Path]) -> str:
+    """sha256 of a nucleotide file below one of the roots.
 
     Raises:
+        OutsideError: it lies below none of them.
         InputError: it cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_below(path, roots) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(

@@ -26,6 +26,7 @@ from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from virnucpro_core.failures import FailureReason
+from virnucpro_core.ledger.rejections import RejectionReason
 
 
 class Base(DeclarativeBase):
@@ -212,7 +213,10 @@ class Worker(Base):
 
 
 class Chunk(Base):
-    """A unit of work of one stage. Extract chunks are byte ranges; later stages cover the whole input."""
+    """A unit of work of one stage. Extract chunks are byte ranges; later stages cover the whole input.
+
+    `attempts` counts claims; `deaths` counts those that ended without a word, with their worker's process.
+    """
 
     __tablename__ = "chunks"
     __table_args__ = (
@@ -231,8 +235,9 @@ class Chunk(Base):
             name="records_conserved",
         ),
         CheckConstraint("state <> 'failed' OR error IS NOT NULL", name="failed_says_why"),
-        CheckConstraint("attempts >= 0", name="attempts_positive"),
+        CheckConstraint("deaths BETWEEN 0 AND attempts", name="deaths_are_attempts"),
         Index("ix_chunks_worker_id", "worker_id", postgresql_where=text("state = 'running'")),
+        Index("ix_chunks_suspect", "job_id", postgresql_where=text("deaths > 0")),
     )
 
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
@@ -248,6 +253,7 @@ class Chunk(Base):
     sha256: Mapped[str]
     state: Mapped[str] = mapped_column(server_default="pending")
     attempts: Mapped[int] = mapped_column(server_default="0")
+    deaths: Mapped[int] = mapped_column(server_default="0")
     lease_token: Mapped[int | None]
     worker_id: Mapped[int | None] = mapped_column(ForeignKey("workers.id"))
     claimed_at: Mapped[datetime | None]
@@ -314,12 +320,26 @@ class Waiter(Base):
     since: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
+class Rejection(Base):
+    """How many messages were refused for a reason; they were no hints of ours."""
+
+    __tablename__ = "rejections"
+    __table_args__ = (
+        one_of("reason", *RejectionReason),
+        CheckConstraint("messages > 0", name="messages_positive"),
+    )
+
+    reason: Mapped[str] = mapped_column(primary_key=True)
+    messages: Mapped[int]
+    last_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
 class Outbox(Base):
     """A message that is due: one row per chunk that waits to be claimed. Claiming deletes it."""
 
     __tablename__ = "outbox"
     __table_args__ = (
-        Index("ix_outbox_due", "queue", "id", postgresql_where=text("published_at IS NULL")),
+        Index("ix_outbox_due", "queue", "chunk_id", postgresql_where=text("published_at IS NULL")),
         Index("ix_outbox_delayed", "due_at", postgresql_where=text("published_at IS NULL")),
         Index(
             "ix_outbox_published", "queue", "published_at", postgresql_where=text("published_at IS NOT NULL")

@@ -53,7 +53,7 @@ CLAIM = text("""
            worker_id = w.id, claimed_at = now(), finished_at = NULL
       FROM workers w
      WHERE c.id = :chunk AND c.state = 'pending' AND w.id = :worker AND w.state = 'live'
-    RETURNING c.lease_token, c.attempts
+    RETURNING c.lease_token, c.attempts, c.deaths, c.error
 """)
 
 LOCK_JOB = text("SELECT * FROM jobs WHERE id = :job FOR UPDATE")
@@ -172,7 +172,7 @@ def claim(
         )
     tx.execute(text("DELETE FROM outbox WHERE chunk_id = :chunk"), {"chunk": work.chunk_id})
     wake_relay(tx)  # there is room for another message
-    return Claim(work, worker_id, row.lease_token, row.attempts)
+    return Claim(work, worker_id, row.lease_token, row.attempts, row.deaths, row.error)
 
 
 def complete(tx: Connection, claim: Claim, result: Result) -> str:
@@ -239,7 +239,7 @@ def fail(tx: Connection, claim: Claim, error: str, *, max_attempts: int, permane
     """
     lock_job(tx, claim.work.job_id)
     lease = {"chunk": claim.work.chunk_id, "token": claim.token, "error": error}
-    if permanent or claim.attempt >= max_attempts:
+    if permanent or claim.attempt - claim.deaths >= max_attempts:
         if tx.execute(GIVE_UP, lease).rowcount == 0:
             raise stale(claim)
         fail_job(tx, claim.work.job_id, f"{claim.work.title}: {error}")

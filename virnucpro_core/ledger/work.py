@@ -11,6 +11,9 @@ from virnucpro_core.recipe import Recipe
 from virnucpro_core.sequences.chunks import ChunkRange
 from virnucpro_core.sequences.compression import Compression
 
+RESULTS = "results"
+"""The folder below the output root that results are published in."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submission:
@@ -79,12 +82,25 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A lease on a chunk. Only the holder of `token` may commit."""
+    """A lease on a chunk. Only the holder of `token` may commit.
+
+    Attributes:
+        attempt: the number of this claim, counted from 1.
+        deaths: how many of those before ended with their worker's process.
+        setback: how the last one ended, if it did not end well.
+    """
 
     work: Work
     worker_id: int
     token: int
     attempt: int
+    deaths: int = 0
+    setback: str | None = None
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether a worker has died while it held the chunk."""
+        return self.deaths > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +147,7 @@ def result_folder(
 
     Equal stems do not collide: the name holds the content, the recipe and, if the result is merged, what with.
     """
-    folder = f"results/{stem}-{input_sha256[:12]}-{recipe_sha256[:8]}"
+    folder = f"{RESULTS}/{stem}-{input_sha256[:12]}-{recipe_sha256[:8]}"
     if not nucleotide_sha256:
         return folder
     return f"{folder}-{nucleotide_sha256[:8]}{label and '-'}{label}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 
-from virnucpro_core.ledger.transitions import enqueue, fail_job, lock_job
+from virnucpro_core.ledger.suspects import note_death
+from virnucpro_core.ledger.transitions import enqueue, lock_job
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,34 +23,21 @@ class Recovered:
 
 
 def register_worker(
-    tx: Connection,
-    *,
-    node: str,
-    queue: str,
-    host: str,
-    pid: int,
-    device: str,
-    lease_seconds: float,
-    max_attempts: int | None = None,
-) -> tuple[int, list[Recovered]]:
-    """Enter a new process of `node`. Whoever ran under that name before is gone, its chunks are free again.
+    tx: Connection, *, node: str, queue: str, host: str, pid: int, device: str, lease_seconds: float
+) -> tuple[int, list[int]]:
+    """Enter a new process of `node`. Whoever ran under that name before is gone.
 
-    Args:
-        max_attempts: claims of a chunk before it fails: a chunk that kills each process of its node must not do so
-            for ever.
+    What the predecessors held is the caller's to take back, in a transaction of its own: that one has to wait for
+    jobs, and must not keep the reaper from these workers' rows meanwhile.
 
     Returns:
-        The worker's id, and the chunks taken back from its predecessor.
+        The worker's id, and those of its predecessors.
     """
     predecessors = tx.execute(
         text("UPDATE workers SET state = 'gone' WHERE node = :node AND state = 'live' RETURNING id"),
         {"node": node},
     ).scalars()
-    recovered = [
-        chunk
-        for worker in predecessors.all()
-        for chunk in take_back(tx, worker, "the worker was replaced", max_attempts=max_attempts)
-    ]
+    gone = list(predecessors)
     worker_id: int = tx.execute(
         text("""
             INSERT INTO workers (node, queue, host, pid, device, lease_expires_at)
@@ -56,14 +46,14 @@ def register_worker(
         """),
         {"node": node, "queue": queue, "host": host, "pid": pid, "device": device, "lease": lease_seconds},
     ).scalar_one()
-    return worker_id, recovered
+    return worker_id, gone
 
 
-def beat(tx: Connection, worker_id: int, *, progress: int, lease_seconds: float) -> bool:
+def beat(tx: Connection, worker_id: int, *, progress: int | None, lease_seconds: float) -> bool:
     """Renew all leases of a worker by renewing its own.
 
     Args:
-        progress: a number that rises while the worker gets anything done.
+        progress: a number that rises while the worker gets anything done; None while it has nothing to do.
 
     Returns:
         False if the worker has been given up; it must stop, its chunks are in other hands.
@@ -72,7 +62,8 @@ def beat(tx: Connection, worker_id: int, *, progress: int, lease_seconds: float)
         text("""
             UPDATE workers
                SET heartbeat_at = now(), lease_expires_at = now() + make_interval(secs => :lease),
-                   progress_at = CASE WHEN progress = :progress THEN progress_at ELSE now() END, progress = :progress
+                   progress_at = CASE WHEN progress = CAST(:progress AS bigint) THEN progress_at ELSE now() END,
+                   progress = coalesce(CAST(:progress AS bigint), progress)
              WHERE id = :worker AND state = 'live'
         """),
         {"worker": worker_id, "progress": progress, "lease": lease_seconds},
@@ -85,30 +76,52 @@ def retire_worker(tx: Connection, worker_id: int) -> list[Recovered]:
     tx.execute(
         text("UPDATE workers SET state = 'gone' WHERE id = :worker AND state = 'live'"), {"worker": worker_id}
     )
-    return take_back(tx, worker_id, None)
+    freed = []
+    for chunk in lock_held(tx, worker_id):
+        tx.execute(
+            text(
+                "UPDATE chunks SET state = 'pending', attempts = attempts - 1, lease_token = NULL WHERE id = :id"
+            ),
+            {"id": chunk.id},
+        )
+        enqueue(tx, chunk.id)
+        freed.append(Recovered(chunk.id, chunk.job_id, worker_id, "pending"))
+    return freed
 
 
 def expire_workers(tx: Connection) -> list[int]:
-    """Give up the workers whose lease has run out by the database's clock; returns their ids."""
+    """Give up the workers whose lease has run out by the database's clock; returns their ids.
+
+    A row that somebody has locked is left for the next time: a process that was stopped may hold it for long.
+    """
     return list(
         tx.execute(
-            text(
-                "UPDATE workers SET state = 'gone' WHERE state = 'live' AND lease_expires_at < now() RETURNING id"
-            )
+            text("""
+                UPDATE workers SET state = 'gone'
+                 WHERE id IN (SELECT id FROM workers WHERE state = 'live' AND lease_expires_at < now()
+                                 FOR UPDATE SKIP LOCKED)
+                RETURNING id
+            """)
         ).scalars()
     )
 
 
 def expire_stuck_workers(tx: Connection, *, stuck_seconds: float) -> list[int]:
-    """Give up the workers that live but have made no progress on a chunk for `stuck_seconds`; returns their ids."""
+    """Give up the workers that live and have something to do, but made no progress for `stuck_seconds`.
+
+    Whether they hold a chunk does not matter: one that hangs behind a commit, or before a claim, holds none.
+
+    Returns:
+        Their ids.
+    """
     return list(
         tx.execute(
             text("""
-                UPDATE workers w SET state = 'stuck'
-                  FROM chunks c
-                 WHERE w.state = 'live' AND c.worker_id = w.id AND c.state = 'running'
-                   AND greatest(w.progress_at, c.claimed_at) < now() - make_interval(secs => :stuck)
-                RETURNING w.id
+                UPDATE workers SET state = 'stuck'
+                 WHERE id IN (SELECT id FROM workers
+                               WHERE state = 'live' AND progress_at < now() - make_interval(secs => :stuck)
+                                 FOR UPDATE SKIP LOCKED)
+                RETURNING id
             """),
             {"stuck": stuck_seconds},
         ).scalars()
@@ -127,40 +140,27 @@ def chunks_of_the_gone(tx: Connection) -> list[int]:
     )
 
 
-def take_back(
-    tx: Connection, worker_id: int, reason: str | None, *, max_attempts: int | None = None
-) -> list[Recovered]:
-    """Free the chunks of a worker. Those out of attempts fail, and their job with them.
+def take_back(tx: Connection, worker_id: int, reason: str, *, max_attempts: int) -> list[Recovered]:
+    """Free the chunks of a worker that is dead, or as good as dead; `reason` is kept as their last error."""
+    return [
+        Recovered(chunk.id, chunk.job_id, worker_id, note_death(tx, chunk, reason, max_attempts=max_attempts))
+        for chunk in lock_held(tx, worker_id)
+    ]
 
-    Args:
-        reason: recorded as the chunk's last error; None forgives the attempt.
-    """
+
+def lock_held(tx: Connection, worker_id: int) -> Iterator[Row[Any]]:
+    """The chunks that a worker holds, one by one, with their jobs locked."""
     held = tx.execute(
         text("SELECT id, job_id FROM chunks WHERE worker_id = :worker AND state = 'running' ORDER BY id"),
         {"worker": worker_id},
     ).all()
-    recovered = []
     for chunk in held:
         lock_job(tx, chunk.job_id)
-        row = tx.execute(
-            text("""
-                UPDATE chunks
-                   SET state = CASE WHEN attempts >= coalesce(CAST(:max_attempts AS bigint), attempts + 1)
-                                    THEN 'failed' ELSE 'pending' END,
-                       error = coalesce(:reason, error),
-                       attempts = attempts - CASE WHEN CAST(:reason AS text) IS NULL THEN 1 ELSE 0 END,
-                       lease_token = NULL
-                 WHERE id = :chunk AND worker_id = :worker AND state = 'running'
-                RETURNING state, stage, ordinal
-            """),
-            {"chunk": chunk.id, "worker": worker_id, "reason": reason, "max_attempts": max_attempts},
+        still = tx.execute(
+            text(
+                "SELECT * FROM chunks WHERE id = :chunk AND worker_id = :worker AND state = 'running' FOR UPDATE"
+            ),
+            {"chunk": chunk.id, "worker": worker_id},
         ).one_or_none()
-        if row is None:
-            continue
-        if row.state == "failed":
-            said = f"{row.stage} chunk {row.ordinal + 1}: {reason}; no attempt is left"
-            fail_job(tx, chunk.job_id, said)
-        else:
-            enqueue(tx, chunk.id)
-        recovered.append(Recovered(chunk.id, chunk.job_id, worker_id, row.state))
-    return recovered
+        if still is not None:
+            yield still

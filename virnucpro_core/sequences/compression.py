@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ BLOCK_BYTES = 1 << 20
 
 _COPY_AGAIN = "Copy or download the file again, or compress it anew."
 _BGZIP_LARGEST = 1 << 16
+_GZIP_PIECE = 1 << 17
 _ZSTD_PIECE = 1 << 10
 _ZSTD_LARGEST_WINDOW = 1 << 27
 
@@ -68,7 +70,9 @@ def make_decoder(compression: Compression) -> Decoder:
             return ZstdDecoder()
 
 
-def read_blocks(file: BinaryIO, decoder: Decoder, on_raw: Callable[[bytes], None]) -> Iterator[bytes]:
+def read_blocks(
+    file: BinaryIO, decoder: Decoder, on_raw: Callable[[bytes], None], *, max_bytes: float = math.inf
+) -> Iterator[bytes]:
     """Yields the decoded bytes of an open file in blocks of about `BLOCK_BYTES`.
 
     Every decoded byte of every input passes here, and only here are the bytes read and the bytes made of them
@@ -76,17 +80,23 @@ def read_blocks(file: BinaryIO, decoder: Decoder, on_raw: Callable[[bytes], None
 
     Args:
         on_raw: called with each piece of the file as it lies on disk.
+        max_bytes: decoded bytes at most.
 
     Raises:
-        InputError: the stream is corrupt or cut off; `where` is the offset in the file, without the file.
+        InputError: the stream is corrupt, cut off, or unpacks too far; `where` is the offset in the file,
+            without the file.
     """
     held: list[bytes] = []
-    held_bytes = 0
+    held_bytes = raw_bytes = decoded_bytes = 0
     fault = None
     try:
         while raw := file.read(BLOCK_BYTES):
             on_raw(raw)
+            raw_bytes += len(raw)
             for piece in decoder.decode(raw):
+                decoded_bytes += len(piece)
+                if decoded_bytes > max_bytes:
+                    raise _unpacks_too_far(max_bytes, raw_bytes)
                 held.append(piece)
                 held_bytes += len(piece)
                 if held_bytes >= BLOCK_BYTES:
@@ -118,6 +128,11 @@ class GzipDecoder:
         self._member: zlib._Decompress | None = None
 
     def decode(self, raw: bytes) -> Iterator[bytes]:
+        # A member's end copies what is left of a piece: thousands of tiny members must not copy a megabyte each.
+        for begin in range(0, len(raw), _GZIP_PIECE):
+            yield from self._decode_piece(raw[begin : begin + _GZIP_PIECE])
+
+    def _decode_piece(self, raw: bytes) -> Iterator[bytes]:
         begin = self._offset
         self._offset += len(raw)
         first_member = begin == 0
@@ -162,6 +177,8 @@ class ZstdDecoder:
                 try:
                     decoded = self._frame.decompress(piece)
                 except zstandard.ZstdError as error:
+                    if "too much memory" in str(error):
+                        raise _wide_window(self._offset + begin) from error
                     raise _corrupt("zstd", str(error), self._offset + begin) from error
                 piece = b""
                 if self._frame.eof:
@@ -246,6 +263,22 @@ def _read_bgzip_size(head: bytes) -> int | None:
 def _corrupt(name: str, why: str, offset: int) -> InputError:
     return InputError(
         f"the {name} stream is corrupt: {why}", where=f"byte {offset} of the file", todo=_COPY_AGAIN
+    )
+
+
+def _unpacks_too_far(limit: float, offset: int) -> InputError:
+    return InputError(
+        f"the file unpacks to more than {limit:,.0f} bytes, too many for its size",
+        where=f"byte {offset} of the file",
+        todo="If it holds what it should, unpack it first, or raise VIRNUCPRO_MAX_EXPANSION.",
+    )
+
+
+def _wide_window(offset: int) -> InputError:
+    return InputError(
+        f"the zstd stream asks for a window of more than {_ZSTD_LARGEST_WINDOW >> 20} MiB",
+        where=f"byte {offset} of the file",
+        todo="Unpack it first, or compress it anew with a smaller window (`zstd` without `--long`).",
     )
 
 

@@ -33,7 +33,8 @@ def check_content(head: bytes, *, path: Path, allow_nucleotides: bool) -> None:
         NucleotideInputError: at least 90% of the sequence letters are A, C, G, T, U or N.
     """
     body = head.lstrip(WHITESPACE)
-    line = head[: len(head) - len(body)].count(b"\n") + 1
+    blank = head[: len(head) - len(body)]
+    line = blank.count(b"\n") + 1
     where = f"{path}, line {line}"
     if not body.startswith(b">"):
         raise _explain_no_fasta(body, where)
@@ -43,6 +44,12 @@ def check_content(head: bytes, *, path: Path, allow_nucleotides: bool) -> None:
             "the lines end in carriage returns alone",
             where=where,
             todo="Convert the line ends (`tr '\\r' '\\n'`).",
+        )
+    if blank and not blank.endswith(b"\n"):
+        raise InputError(
+            "there is white space before the first header",
+            where=where,
+            todo="Remove it: a header's '>' begins its line.",
         )
     if not allow_nucleotides:
         _refuse_nucleotides(body, where)

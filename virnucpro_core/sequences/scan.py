@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from virnucpro_core.errors import InputChangedError, InputError
 from virnucpro_core.recipe import TRUNCATION
+from virnucpro_core.roots import ANYWHERE, open_below, resolve_below
 from virnucpro_core.sequences.chunks import ChunkCutter, ChunkRange
 from virnucpro_core.sequences.compression import (
     BgzipDecoder,
@@ -25,8 +26,12 @@ from virnucpro_core.sequences.compression import (
 from virnucpro_core.sequences.content import check_content
 from virnucpro_core.sequences.hashing import HashThread
 from virnucpro_core.sequences.spool import SpooledCopy
+from virnucpro_core.sizes import MAX_EXPANSION
 
 __all__ = ["ChunkRange", "ScannedInput", "read_range", "scan_input"]
+
+FREE_BYTES = 64 << 20
+"""Bytes that any input may unpack to, however small it is: small files of few different letters unpack far."""
 
 _REGISTER_AGAIN = "Register the file again."
 
@@ -61,6 +66,8 @@ def scan_input(
     *,
     chunk_tokens: int,
     spool_root: Path,
+    roots: Sequence[Path] = ANYWHERE,
+    max_expansion: float = MAX_EXPANSION,
     truncation: int = TRUNCATION,
     allow_nucleotides: bool = False,
     on_progress: Callable[[int], None] | None = None,
@@ -71,11 +78,14 @@ def scan_input(
         path: plain, gzip, bgzip or zstd FASTA; bytes decide, not the name.
         chunk_tokens: tokens of a chunk at most; a record that has more is a chunk alone.
         spool_root: folder where gzip and zstd inputs get an uncompressed copy.
+        roots: folders that the file must lie below, wherever its path leads.
+        max_expansion: how many times its own size a compressed file may unpack to.
         truncation: residues of a record that count as tokens.
         allow_nucleotides: take nucleotides for proteins.
         on_progress: called with the bytes read from disk so far.
 
     Raises:
+        OutsideError: the file lies below none of the roots.
         InputError: the file as a whole cannot be used; names file and line. A bad record raises nothing.
         NucleotideInputError: it holds nucleotides.
         InputChangedError: it was written to during the scan.
@@ -83,7 +93,7 @@ def scan_input(
     """
     path = Path(path).absolute()
     with ExitStack() as stack:
-        file = stack.enter_context(_open_input(path))
+        file = stack.enter_context(_open_input(path, roots))
         before = os.fstat(file.fileno())
         compression = detect_compression(file.read(18))
         file.seek(0)
@@ -105,7 +115,8 @@ def scan_input(
             hashes=hashes,
             find_virtual_offset=decoder.find_virtual_offset if isinstance(decoder, BgzipDecoder) else None,
         )
-        blocks = _name_faults(read_blocks(file, decoder, take_raw), path, cutter)
+        max_bytes = max(FREE_BYTES, max_expansion * before.st_size)
+        blocks = _name_faults(read_blocks(file, decoder, take_raw, max_bytes=max_bytes), path, cutter)
         head = next(blocks, b"")
         if not head:
             raise InputError(
@@ -135,24 +146,30 @@ def scan_input(
         )
 
 
-def read_range(location: str | Path, compression: Compression, chunk: ChunkRange) -> bytes:
+def read_range(
+    location: str | Path, compression: Compression, chunk: ChunkRange, *, roots: Sequence[Path] = ANYWHERE
+) -> bytes:
     """Reads the uncompressed bytes of a chunk, and checks that they are those that were registered.
 
     Args:
         location: `ScannedInput.location`.
         compression: `ScannedInput.compression`.
+        roots: folders that the location must lie below, wherever its path leads.
 
     Raises:
         InputChangedError: they are not.
+        OutsideError: the location lies below none of the roots.
         InputError: they cannot be read at the moment; the file system may come back.
     """
     length = chunk.byte_end - chunk.byte_start
     where = f"{location}, records {chunk.first_record} to {chunk.first_record + chunk.records - 1}"
     try:
-        with Path(location).open("rb") as file:
+        with open_below(Path(location), roots) as file:
             if compression is Compression.BGZIP:
                 data = _read_bgzip(file, chunk.virtual_start, length)
             else:
+                # What is not there is not asked for: memory for it would be taken first.
+                length = min(length, max(0, os.fstat(file.fileno()).st_size - chunk.byte_start))
                 file.seek(chunk.byte_start)
                 data = file.read(length)
     except OSError as error:
@@ -182,10 +199,11 @@ def _read_bgzip(file: BinaryIO, virtual_start: int | None, length: int) -> bytes
     return bytes(data[within : within + length])
 
 
-def _open_input(path: Path) -> BinaryIO:
-    """Opens a regular file.
+def _open_input(path: Path, roots: Sequence[Path]) -> BinaryIO:
+    """Opens a regular file below one of the roots.
 
     Raises:
+        OutsideError: it lies below none of them.
         InputError: there is none, or it cannot be opened.
     """
     try:
@@ -195,14 +213,14 @@ def _open_input(path: Path) -> BinaryIO:
             "the file's name is not UTF-8", where=repr(str(path)), todo="Rename the file."
         ) from error
     try:
-        mode = path.stat().st_mode
+        mode = resolve_below(path, roots).stat().st_mode
         if stat.S_ISDIR(mode):
             raise InputError("this is a folder, not a file", where=str(path), todo="Name the files in it.")
         if not stat.S_ISREG(mode):
             raise InputError(
                 "this is not a regular file", where=str(path), todo="Write the FASTA to a file first."
             )
-        return path.open("rb", buffering=0)
+        return open_below(path, roots)
     except FileNotFoundError as error:
         raise InputError("there is no such file", where=str(path), todo="Check the path.") from error
     except OSError as error:

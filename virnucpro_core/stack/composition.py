@@ -90,7 +90,7 @@ def compose(settings: Settings, folder: Path, *, gpus: str, fixed_ports: bool) -
         *server_programs(postgres, valkey),
         *airflow_programs(airflow, common | dag),
         *celery_programs(gpus, common | worker | broker),
-        flower_program(folder, ports["flower"], secrets, common | worker | broker),
+        flower_program(folder, ports["flower"], secrets, common | broker),
     ]
     description = Description(
         urls={"Airflow": airflow.url, "Flower": flower_url},

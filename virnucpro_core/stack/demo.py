@@ -23,7 +23,8 @@ from virnucpro_core.ledger.database import in_transaction, open_ledger
 from virnucpro_core.ledger.queries import find_job, find_submission, get_job
 from virnucpro_core.ledger.registration import recipe_for
 from virnucpro_core.models import register_checkpoint
-from virnucpro_core.settings import load_settings
+from virnucpro_core.roots import resolve_below
+from virnucpro_core.settings import Settings, load_settings
 from virnucpro_core.stack.airflow import ask, log_in
 from virnucpro_core.stack.description import STATE_FOLDER, Description, read_description
 from virnucpro_core.stack.processes import Secrets
@@ -48,6 +49,7 @@ def run_demo(fasta: Path, *, state_folder: Path = STATE_FOLDER, console: Console
 
     Raises:
         InputError: there is no such file.
+        OutsideError: a stack that runs already does not read from the file's folder.
         ServiceError: a part of the stack did not start or did not answer in time.
     """
     from virnucpro_core.embedding.demonstration import write_demo_weights
@@ -64,7 +66,9 @@ def run_demo(fasta: Path, *, state_folder: Path = STATE_FOLDER, console: Console
             style="bold yellow",
         )
     )
-    with interrupted_by_sigterm(), running_stack(state_folder, console) as description:
+    settings = read_also(load_settings(), fasta)
+    with interrupted_by_sigterm(), running_stack(settings, state_folder, console) as description:
+        resolve_below(fasta, load_settings().input_folders)
         ledger = open_ledger(load_settings().database_url_for("owner"))
         try:
             in_transaction(ledger, register_checkpoint, MODEL, checkpoint, load_settings().model_root)
@@ -80,6 +84,11 @@ def run_demo(fasta: Path, *, state_folder: Path = STATE_FOLDER, console: Console
             ledger.dispose()
 
 
+def read_also(settings: Settings, file: Path) -> Settings:
+    """Settings that take a file's folder for one more input root: who starts a stack may say what it reads."""
+    return settings.model_copy(update={"input_roots": (*settings.input_roots, file.resolve().parent)})
+
+
 @contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
     """SIGTERM (as `make` sends it when it is stopped) unwinds like Ctrl-C, so that everything is stopped."""
@@ -91,9 +100,9 @@ def interrupted_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def running_stack(state_folder: Path, console: Console) -> Iterator[Description]:
+def running_stack(settings: Settings, state_folder: Path, console: Console) -> Iterator[Description]:
     """The stack of a state folder, whose settings become this process's; started and stopped if need be."""
-    stack = Stack(load_settings(), state_folder)
+    stack = Stack(settings, state_folder)
     description = read_description(state_folder) if stack.status() else None
     is_ours = description is None
     if description is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import signal
@@ -17,6 +18,7 @@ from virnucpro_core.errors import ServiceError
 
 LOOPBACK = "127.0.0.1"
 SECRET_BYTES = 48  # 64 characters, what the signatures of Airflow's tokens want
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 STOP_SECONDS = 30.0  # after the stop signal, before SIGKILL
 POLL_SECONDS = 0.2
 
@@ -79,6 +81,11 @@ def tied_to_parent(argv: Sequence[str], stop_signal: signal.Signals = signal.SIG
     return ["setpriv", "--pdeathsig", stop_signal.name.removeprefix("SIG"), *argv]
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process as soon as its parent ends, however it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
 def read_tail(log: Path, lines: int = 20) -> str:
     """The last lines of a log file, for an error message."""
     if not log.exists():
@@ -120,11 +127,13 @@ class ServerProcess:
         *,
         log: Path,
         stop_signal: signal.Signals = signal.SIGTERM,
+        environment: dict[str, str] | None = None,
     ) -> None:
         self.name = name
         self.argv = argv
         self.log = log
         self.stop_signal = stop_signal
+        self.environment = environment
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, ready: Callable[[], bool], seconds: float = 30.0) -> None:
@@ -139,6 +148,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                env=self.environment,
                 # Ctrl-C in a terminal reaches the whole foreground group, but we stop our servers in order.
                 start_new_session=True,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def common_environment(settings: Settings, gpus: str) -> dict[str, str]:
     values = {name: str(getattr(settings, name)) for name in plain}
     # The programs run in another folder.
     values |= {name: str(Path(getattr(settings, name)).absolute()) for name in FOLDERS}
+    values["input_roots"] = os.pathsep.join(str(root.absolute()) for root in settings.input_roots)
     if gpus == "none":
         values.setdefault("dtype", "float32")  # all that a CPU computes
     return {f"{PREFIX}{name.upper()}": value for name, value in values.items()}

@@ -56,6 +56,7 @@ class ValkeyServer:
             "save": '""',
             "maxmemory-policy": "noeviction",
             "databases": str(DATABASES),
+            "proto-max-bulk-len": "1mb",  # a message has one kilobyte
         }
         lines = [f"{name} {value}\n" for name, value in settings.items()]
         write_private(self.configuration, "".join(lines))

@@ -1,0 +1,60 @@
+"""Persistence: transactions that are worth waiting for, such as the commit of a chunk that took minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from threading import Event
+from typing import Concatenate, ParamSpec, TypeVar
+
+import structlog
+from sqlalchemy import Connection, Engine
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_when_event_set,
+    wait_random_exponential,
+)
+
+from virnucpro_core.errors import ServiceError
+from virnucpro_core.ledger.database import in_transaction
+
+log = structlog.get_logger()
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LONGEST_PAUSE = 5.0  # seconds between attempts to reach the database
+
+
+class Persistence:
+    """Runs transactions on a ledger again while it is away, until the process closes."""
+
+    def __init__(self, ledger: Engine, closing: Event) -> None:
+        self.ledger = ledger
+        self.closing = closing
+
+    def __call__(
+        self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """What `function(connection, ...)` returns.
+
+        Raises:
+            ServiceError: the process closes, and the database is still away.
+        """
+
+        def warn(state: RetryCallState) -> None:
+            reason = state.outcome.exception() if state.outcome else None
+            log.warning(
+                "ledger_away", step=function.__name__, attempts=state.attempt_number, reason=str(reason)
+            )
+
+        retrying = Retrying(
+            retry=retry_if_exception_type(ServiceError),
+            wait=wait_random_exponential(multiplier=0.1, max=LONGEST_PAUSE),
+            stop=stop_when_event_set(self.closing),
+            before_sleep=warn,
+            reraise=True,
+        )
+        return retrying(partial(in_transaction, self.ledger, function), *args, **kwargs)
