@@ -6,6 +6,7 @@ Where the test servers' packages are missing, run it without the suite's conftes
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from virnucpro_core.embedding.loading import build_model, explain_missing, load_
 from virnucpro_core.embedding.model import FastEsm
 from virnucpro_core.embedding.packing import PACK_TOKENS
 from virnucpro_core.embedding.selftest import LIMITS, embed_with_transformers, run_selftest
+from virnucpro_core.embedding.verdicts import keep_verdict
+from virnucpro_core.errors import ExecutionError
 from virnucpro_core.failures import FailureReason
 from virnucpro_core.recipe import Dtype
 from virnucpro_core.sequences.fasta import RecordBatch, parse_records
@@ -43,18 +46,34 @@ def parse(sequences: list[str], truncation: int = 1024) -> RecordBatch:
     return parse_records(fasta.encode(), first_record=1, truncation=truncation)
 
 
-@pytest.fixture(params=[KernelPlan.PACKED_FUSED, KernelPlan.PACKED_VARLEN])
-def plan(request: pytest.FixtureRequest) -> KernelPlan:
-    """Each plan for half precision; the fused one only where it runs."""
-    if request.param is KernelPlan.PACKED_FUSED and (missing := explain_missing(CUDA)):
+HALF: list[tuple[Dtype, KernelPlan]] = [
+    ("float16", KernelPlan.PACKED_FUSED),
+    ("float16", KernelPlan.PACKED_VARLEN),
+    ("fp8", KernelPlan.PACKED_FP8),
+]
+BFLOAT16: list[tuple[Dtype, KernelPlan]] = [
+    ("bfloat16", KernelPlan.PACKED_FUSED),
+    ("bfloat16", KernelPlan.PACKED_VARLEN),
+]
+
+
+def make_model(folder: Path, kind: tuple[Dtype, KernelPlan]) -> FastEsm:
+    dtype, plan = kind
+    if plan.fused and (missing := explain_missing(CUDA)):
         pytest.skip(missing)
-    return KernelPlan(request.param)
+    return load(folder, dtype, plan)
 
 
-@pytest.fixture
-def half_model(demo_checkpoint: Path, plan: KernelPlan) -> FastEsm:
-    """The demonstration checkpoint in float16, under each plan."""
-    return load(demo_checkpoint, "float16", plan)
+@pytest.fixture(params=HALF, ids="-".join)
+def half_model(demo_checkpoint: Path, request: pytest.FixtureRequest) -> FastEsm:
+    """The demonstration checkpoint under each packed plan; the fused ones only where they run."""
+    return make_model(demo_checkpoint, request.param)
+
+
+@pytest.fixture(params=[*HALF, *BFLOAT16], ids="-".join)
+def any_half_model(demo_checkpoint: Path, request: pytest.FixtureRequest) -> FastEsm:
+    """The same, and in bfloat16."""
+    return make_model(demo_checkpoint, request.param)
 
 
 def load(folder: Path, dtype: Dtype, plan: KernelPlan) -> FastEsm:
@@ -81,14 +100,11 @@ def measure_distance(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> 
     return float((np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)).max())
 
 
-def test_half_precision_is_packed_and_float32_is_not(demo_checkpoint: Path, plan: KernelPlan) -> None:
-    if plan is KernelPlan.PACKED_FUSED:
-        model = load_fast_esm(demo_checkpoint, device="cuda")
-        assert model.execution().triton
-    else:
-        model = load(demo_checkpoint, "float16", plan)
-        assert not model.execution().triton
-    assert (model.dtype, model.plan, model.execution().pack_tokens) == ("float16", plan, PACK_TOKENS)
+def test_half_precision_is_packed_and_float32_is_not(demo_checkpoint: Path) -> None:
+    half = load_fast_esm(demo_checkpoint, device="cuda")
+    fastest = KernelPlan.PACKED_VARLEN if explain_missing(CUDA) else KernelPlan.PACKED_FUSED
+    assert (half.dtype, half.plan, half.execution().pack_tokens) == ("float16", fastest, PACK_TOKENS)
+    assert bool(half.execution().triton) is fastest.fused
     assert load_fast_esm(demo_checkpoint, device="cuda", dtype="float32").plan is KernelPlan.SINGLE_SDPA
 
 
@@ -106,14 +122,13 @@ def test_a_slower_plan_is_logged_with_its_reason(
     )
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_close_to_transformers(
-    demo_checkpoint: Path, make_proteins: MakeProteins, plan: KernelPlan, dtype: Dtype
+    demo_checkpoint: Path, any_half_model: FastEsm, make_proteins: MakeProteins
 ) -> None:
     sequences = make_proteins(*LENGTHS)
-    ours = embed(load(demo_checkpoint, dtype, plan), parse(sequences)).embeddings
+    ours = embed(any_half_model, parse(sequences)).embeddings
     theirs = embed_with_transformers(inspect_checkpoint(demo_checkpoint), sequences, CUDA).numpy()
-    assert measure_distance(ours, theirs) <= LIMITS[dtype]
+    assert measure_distance(ours, theirs) <= LIMITS[any_half_model.dtype]
 
 
 def test_float32_is_close_to_transformers(demo_checkpoint: Path, make_proteins: MakeProteins) -> None:
@@ -123,17 +138,16 @@ def test_float32_is_close_to_transformers(demo_checkpoint: Path, make_proteins: 
     assert measure_distance(ours, theirs) <= LIMITS["float32"]
 
 
-def test_both_plans_agree(demo_checkpoint: Path, half_model: FastEsm, make_proteins: MakeProteins) -> None:
+def test_all_plans_agree(demo_checkpoint: Path, half_model: FastEsm, make_proteins: MakeProteins) -> None:
     batch = parse(make_proteins(*LENGTHS, 2500), truncation=3000)
     eager = embed(load(demo_checkpoint, "float16", KernelPlan.PACKED_VARLEN), batch).embeddings
-    assert measure_distance(embed(half_model, batch).embeddings, eager) <= LIMITS["float16"]
+    assert measure_distance(embed(half_model, batch).embeddings, eager) <= LIMITS[half_model.dtype]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_nothing_beside_a_sequence_changes_a_byte(
-    demo_checkpoint: Path, make_proteins: MakeProteins, plan: KernelPlan, dtype: Dtype
+    any_half_model: FastEsm, make_proteins: MakeProteins
 ) -> None:
-    check_neighbours(load(demo_checkpoint, dtype, plan), make_proteins)
+    check_neighbours(any_half_model, make_proteins)
 
 
 def test_nothing_beside_a_sequence_changes_a_byte_in_float32(
@@ -189,7 +203,7 @@ def test_a_record_that_does_not_fit_fails_alone(
 
 
 def test_rows_that_overflow_are_computed_in_float32(
-    demo_checkpoint: Path, half_model: FastEsm, make_proteins: MakeProteins, plan: KernelPlan
+    demo_checkpoint: Path, half_model: FastEsm, make_proteins: MakeProteins
 ) -> None:
     weights = open_weights(inspect_checkpoint(demo_checkpoint))
 
@@ -204,7 +218,7 @@ def test_rows_that_overflow_are_computed_in_float32(
     changed = replace(weights, read_tensor=read_tensor)
     sequences = make_proteins(50, 165)
     batch = parse([sequences[0], "MKBVL", sequences[1], "MKZVL"])
-    extraction = embed(build_model(changed, CUDA, "float16", plan), batch)
+    extraction = embed(build_model(changed, CUDA, half_model.dtype, half_model.plan), batch)
     wide = embed(build_model(changed, CUDA, "float32"), batch)
     assert [(failure.record, failure.reason) for failure in extraction.failures] == [
         (4, FailureReason.NON_FINITE)
@@ -214,7 +228,24 @@ def test_rows_that_overflow_are_computed_in_float32(
     assert extraction.embeddings[[0, 2]].tobytes() == expected.embeddings.tobytes()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "fp8"])
 def test_the_selftest_passes(demo_checkpoint: Path, dtype: Dtype) -> None:
+    if dtype == "fp8" and (missing := explain_missing(CUDA)):
+        pytest.skip(missing)
     verdict = run_selftest(demo_checkpoint, device="cuda", dtype=dtype)
     assert [check for check in verdict.checks if not check.passed] == []
+    assert len(verdict.checks) == (12 if dtype == "fp8" else 11)
+
+
+def test_fp8_is_refused_until_its_selftest_has_passed(demo_checkpoint: Path, tmp_path: Path) -> None:
+    if missing := explain_missing(CUDA):
+        pytest.skip(missing)
+    folder = Path(shutil.copytree(demo_checkpoint, tmp_path / "model"))
+    with pytest.raises(ExecutionError, match="have not passed the selftest in FP8"):
+        load_fast_esm(folder, device="cuda", dtype="fp8")
+    passed = run_selftest(folder, device="cuda", dtype="fp8")
+    keep_verdict(folder, replace(passed, checks=[replace(passed.checks[0], passed=False)]))
+    with pytest.raises(ExecutionError, match="have not passed the selftest in FP8"):
+        load_fast_esm(folder, device="cuda", dtype="fp8")
+    keep_verdict(folder, passed)
+    assert load_fast_esm(folder, device="cuda", dtype="fp8").plan is KernelPlan.PACKED_FP8

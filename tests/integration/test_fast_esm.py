@@ -15,7 +15,8 @@ from transformers import EsmModel, EsmTokenizer
 from virnucpro_core import extract_fast_esm, load_fast_esm
 from virnucpro_core.embedding.fast_esm import failures_path, manifest_path
 from virnucpro_core.embedding.model import FastEsm
-from virnucpro_core.embedding.selftest import LENGTHS, Verdict, keep_verdict, read_verdicts, run_selftest
+from virnucpro_core.embedding.selftest import LENGTHS, run_selftest
+from virnucpro_core.embedding.verdicts import Verdict, keep_verdict, read_verdicts
 from virnucpro_core.errors import InputError, MismatchError, WeightsError
 from virnucpro_core.features.manifests import read_manifest
 from virnucpro_core.sequences.residues import VOCABULARY

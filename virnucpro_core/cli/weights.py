@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
 
     from virnucpro_core.embedding.checkpoint import Checkpoint
-    from virnucpro_core.embedding.selftest import Verdict
+    from virnucpro_core.embedding.verdicts import Verdict
 
 PANEL = "Models"
 ModelOption = Annotated[
@@ -204,7 +204,7 @@ def register(tx: Connection, name: str, checkpoint: Checkpoint, model_root: Path
 
 def keep_verdict(checkpoint: Checkpoint, verdict: Verdict) -> None:
     """Keep a self-test's verdict in the checkpoint's folder, and in the ledger if one is set up."""
-    from virnucpro_core.embedding.selftest import keep_verdict as keep_beside_weights
+    from virnucpro_core.embedding.verdicts import keep_verdict as keep_beside_weights
     from virnucpro_core.ledger.database import in_transaction
     from virnucpro_core.ledger.registration import keep_selftest
 
@@ -220,7 +220,7 @@ def keep_verdict(checkpoint: Checkpoint, verdict: Verdict) -> None:
 
 def find_verdicts(checkpoint: Checkpoint) -> dict[str, Any]:
     """The self-tests' verdicts on these weights, by execution class, that their folder holds."""
-    from virnucpro_core.embedding.selftest import read_verdicts
+    from virnucpro_core.embedding.verdicts import read_verdicts
 
     verdicts: dict[str, Any] = dict(read_verdicts(checkpoint.folder))
     return {

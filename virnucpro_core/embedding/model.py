@@ -36,7 +36,9 @@ TORCH_DTYPES: dict[Dtype, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
+    "fp8": torch.float16,
 }
+"""What holds the hidden state; with fp8 only the operands of matrix products are FP8."""
 
 _ATTENTION: dict[KernelPlan, Attention] = {
     KernelPlan.PACKED_VARLEN: attend_packed,

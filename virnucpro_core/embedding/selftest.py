@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,61 +14,31 @@ import torch
 from torch import Tensor, nn
 
 from virnucpro_core.embedding.checkpoint import Checkpoint, expected_tensors
-from virnucpro_core.embedding.execution import ExecutionClass
+from virnucpro_core.embedding.extraction import embed
 from virnucpro_core.embedding.fast_esm import extract_fast_esm
 from virnucpro_core.embedding.loading import build_model, choose_device, find_checkpoint, open_weights
 from virnucpro_core.embedding.model import FastEsm
-from virnucpro_core.errors import ArtifactError, VirnucproError, WeightsError
-from virnucpro_core.features.files import new_file
+from virnucpro_core.embedding.verdicts import Check, Verdict
+from virnucpro_core.errors import VirnucproError, WeightsError
 from virnucpro_core.features.merging import NUCLEOTIDE_WIDTH
 from virnucpro_core.features.validation import validate_embeddings
 from virnucpro_core.recipe import EMBEDDING_WIDTH, TRUNCATION, Dtype
+from virnucpro_core.sequences.fasta import parse_records
 from virnucpro_core.sequences.residues import CLS, EOS, VOCABULARY
-
-VERDICT_NAME = "selftest.json"
 
 LENGTHS = (20, 52, 96, 497, 1201, 20)
 """Residues of the six proteins; the fifth is truncated."""
 
-LIMITS: dict[Dtype, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
+LIMITS: dict[Dtype, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2, "fp8": 5e-2}
 """Largest relative L2 distance of an embedding from `transformers.EsmModel` in float32. bfloat16 has three
-significant bits less than float16, so about ten times its error."""
+significant bits less than float16, so about ten times its error. FP8 has four bits less than bfloat16, but only the
+operands of matrix products have them, so that most of it averages out."""
 
+FAMILIES, RELATIVES, SUBSTITUTED = 48, 4, 0.3
+"""Reference proteins for FP8: families of relatives, which differ from their ancestor in this share of residues."""
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One check: what was to be true, whether it is, and the figures."""
-
-    name: str
-    passed: bool
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What a selftest found.
-
-    Attributes:
-        weights_sha256: of the checkpoint.
-        execution: how it was run; None if the model did not load.
-        checks: all eleven, in order.
-    """
-
-    weights_sha256: str
-    execution: ExecutionClass | None
-    checks: list[Check]
-
-    @property
-    def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
-
-    def to_json(self) -> dict[str, object]:
-        return {
-            "passed": self.passed,
-            "weights_sha256": self.weights_sha256,
-            "execution": self.execution.to_json() if self.execution else None,
-            "checks": [asdict(check) for check in self.checks],
-        }
+LEAST_AGREEMENT = 0.95
+"""Share of the reference proteins that must have the same nearest neighbour as in float32."""
 
 
 def run_selftest(
@@ -78,7 +47,7 @@ def run_selftest(
     device: str | None = None,
     dtype: Dtype | None = None,
 ) -> Verdict:
-    """Runs the eleven checks; a check that cannot be made because an earlier one failed, fails.
+    """Runs the eleven checks, in FP8 a twelfth; one that cannot be made because an earlier one failed, fails.
 
     Raises:
         WeightsError: there is no such checkpoint, or it is not FastESM2.
@@ -88,41 +57,10 @@ def run_selftest(
     place, precision = choose_device(device, dtype)
     with tempfile.TemporaryDirectory(prefix="virnucpro-selftest-") as folder:
         subject = _Subject(checkpoint, place, precision, Path(folder))
-        checks = [_run_check(name, check, subject) for name, check in _CHECKS]
+        demanded = (*_CHECKS, _FP8_CHECK) if precision == "fp8" else _CHECKS
+        checks = [_run_check(name, check, subject) for name, check in demanded]
         execution = subject.model.execution() if subject.model else None
     return Verdict(checkpoint.sha256, execution, checks)
-
-
-def keep_verdict(folder: str | os.PathLike[str], verdict: Verdict) -> Path:
-    """Keeps a verdict with the checkpoint, beside those of other execution classes, and returns the file.
-
-    Raises:
-        ArtifactError: the file cannot be written, or holds something else.
-    """
-    path = Path(folder, VERDICT_NAME)
-    verdicts = read_verdicts(folder)
-    verdicts[verdict.execution.sha256 if verdict.execution else "not_loaded"] = verdict.to_json()
-    with new_file(path) as file:
-        file.write((json.dumps(verdicts, indent=2, sort_keys=True) + "\n").encode())
-    return path
-
-
-def read_verdicts(folder: str | os.PathLike[str]) -> dict[str, object]:
-    """The verdicts kept with a checkpoint, by the sha256 of their execution class; none if none was kept.
-
-    Raises:
-        ArtifactError: the file holds something else.
-    """
-    path = Path(folder, VERDICT_NAME)
-    if not path.exists():
-        return {}
-    try:
-        verdicts = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ArtifactError("the verdicts are not JSON", where=str(path), todo="Remove the file.") from error
-    if not isinstance(verdicts, dict):
-        raise ArtifactError("the verdicts are not an object", where=str(path), todo="Remove the file.")
-    return verdicts
 
 
 @dataclass(slots=True)
@@ -246,6 +184,44 @@ def _read_again(subject: _Subject) -> tuple[bool, str]:
     return same, f"{seconds:.4f} s, {subject.seconds / seconds:.0f} times as fast"
 
 
+def _compare_neighbours(subject: _Subject) -> tuple[bool, str]:
+    if subject.model is None:
+        return False, "there is no model"
+    sequences = draw_families()
+    records = "".join(f">{number}\n{sequence}\n" for number, sequence in enumerate(sequences, 1))
+    ours = torch.from_numpy(embed(subject.model, parse_records(records.encode(), first_record=1)).embeddings)
+    if len(ours) < len(sequences):
+        return False, f"{len(sequences) - len(ours)} of {len(sequences)} proteins have no embedding"
+    theirs = embed_with_transformers(subject.checkpoint, sequences, subject.device)
+    errors = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
+    agreement = float((find_nearest(ours) == find_nearest(theirs)).float().mean())
+    limit = LIMITS[subject.dtype]
+    detail = (
+        f"{agreement:.1%} of {len(sequences)} (least {LEAST_AGREEMENT:.0%}); relative L2 {errors.max():.1e} at "
+        f"worst (limit {limit:.0e}), {errors.median():.1e} in the middle"
+    )
+    return agreement >= LEAST_AGREEMENT and bool(errors.max() <= limit), detail
+
+
+def draw_families(seed: int = 1) -> list[str]:
+    """Reference proteins of 30 to 600 residues, `RELATIVES` of each family one after another."""
+    random = np.random.default_rng(seed)
+    letters = np.array(list("ACDEFGHIKLMNPQRSTVWY"))
+    proteins = []
+    for _ in range(FAMILIES):
+        ancestor = random.choice(letters, random.integers(30, 601))
+        for _ in range(RELATIVES):
+            changed = random.random(len(ancestor)) < SUBSTITUTED
+            proteins.append("".join(np.where(changed, random.choice(letters, len(ancestor)), ancestor)))
+    return proteins
+
+
+def find_nearest(embeddings: Tensor) -> Tensor:
+    """The nearest other row of each, by Euclidean distance: (n, 1280) to int64 (n,)."""
+    distances = torch.cdist(embeddings.double(), embeddings.double())
+    return distances.fill_diagonal_(torch.inf).argmin(dim=1)
+
+
 def embed_with_transformers(checkpoint: Checkpoint, sequences: list[str], device: torch.device) -> Tensor:
     """What `transformers.EsmModel` makes of sequences, one at a time: float32 (n, 1280) on the CPU."""
     from transformers import EsmConfig, EsmModel
@@ -285,3 +261,5 @@ _CHECKS: tuple[tuple[str, Callable[[_Subject], tuple[bool, str]]], ...] = (
     ("each embedding concatenates with 768 numbers to 2048", _concatenate),
     ("a second call returns the same from the file, without the model", _read_again),
 )
+
+_FP8_CHECK = ("nearest neighbours among reference proteins are those in float32", _compare_neighbours)
