@@ -22,7 +22,7 @@ from virnucpro_core.stack.processes import Secrets, choose_port
 from virnucpro_core.stack.stack import Stack
 from virnucpro_core.stack.valkey import DATABASES, ValkeyServer
 
-pytest_plugins = ["tests.fixtures_model"]
+pytest_plugins = ["tests.fixtures_model", "tests.fixtures_gpu"]
 
 MIGRATED = "migrated"  # the template that each test's ledger is copied from
 UNDURABLE = {"fsync": "off", "synchronous_commit": "off"}  # a test's database need not survive the machine

@@ -1,13 +1,13 @@
 """On an NVIDIA GPU: faithful to transformers in float32, the same bytes always, and no record lost to memory.
 
 Where the test servers' packages are missing, run it without the suite's conftest and configuration:
-`python -m pytest -c /dev/null --rootdir . --noconftest -p tests.fixtures_model tests/gpu`.
+`python -m pytest -c /dev/null --rootdir . --noconftest -p tests.fixtures_model -p tests.fixtures_gpu tests/gpu`.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from structlog.testing import capture_logs
 from torch import Tensor
 
+from tests.fixtures_gpu import CUDA, load_under
 from virnucpro_core.embedding import loading
 from virnucpro_core.embedding.checkpoint import inspect_checkpoint
 from virnucpro_core.embedding.execution import KernelPlan
@@ -37,62 +38,12 @@ pytestmark = pytest.mark.gpu
 
 MakeProteins = Callable[..., list[str]]
 
-CUDA = torch.device("cuda")
 LENGTHS = (1, 2, 20, 50, 51, 96, 127, 128, 165, 166, 333, 512, 777, 1023, 1024)
 
 
 def parse(sequences: list[str], truncation: int = 1024) -> RecordBatch:
     fasta = "".join(f">protein_{index}\n{sequence}\n" for index, sequence in enumerate(sequences))
     return parse_records(fasta.encode(), first_record=1, truncation=truncation)
-
-
-HALF: list[tuple[Dtype, KernelPlan]] = [
-    ("float16", KernelPlan.PACKED_FUSED),
-    ("float16", KernelPlan.PACKED_VARLEN),
-    ("fp8", KernelPlan.PACKED_FP8),
-]
-BFLOAT16: list[tuple[Dtype, KernelPlan]] = [
-    ("bfloat16", KernelPlan.PACKED_FUSED),
-    ("bfloat16", KernelPlan.PACKED_VARLEN),
-]
-
-
-def make_model(folder: Path, kind: tuple[Dtype, KernelPlan]) -> FastEsm:
-    dtype, plan = kind
-    if plan.fused and (missing := explain_missing(CUDA)):
-        pytest.skip(missing)
-    return load(folder, dtype, plan)
-
-
-@pytest.fixture(params=HALF, ids="-".join)
-def half_model(demo_checkpoint: Path, request: pytest.FixtureRequest) -> FastEsm:
-    """The demonstration checkpoint under each packed plan; the fused ones only where they run."""
-    return make_model(demo_checkpoint, request.param)
-
-
-@pytest.fixture(params=[*HALF, *BFLOAT16], ids="-".join)
-def any_half_model(demo_checkpoint: Path, request: pytest.FixtureRequest) -> FastEsm:
-    """The same, and in bfloat16."""
-    return make_model(demo_checkpoint, request.param)
-
-
-def load(folder: Path, dtype: Dtype, plan: KernelPlan) -> FastEsm:
-    return build_model(open_weights(inspect_checkpoint(folder)), CUDA, dtype, plan)
-
-
-@pytest.fixture
-def limit_memory() -> Iterator[Callable[[int], None]]:
-    """Caps what this process may allocate beyond what it holds, in bytes; undone afterwards."""
-
-    def limit(more: int) -> None:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(CUDA).total_memory
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + more) / total)
-
-    yield limit
-    torch.cuda.set_per_process_memory_fraction(1.0)
-    torch.cuda.empty_cache()
 
 
 def measure_distance(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
@@ -140,7 +91,7 @@ def test_float32_is_close_to_transformers(demo_checkpoint: Path, make_proteins: 
 
 def test_all_plans_agree(demo_checkpoint: Path, half_model: FastEsm, make_proteins: MakeProteins) -> None:
     batch = parse(make_proteins(*LENGTHS, 2500), truncation=3000)
-    eager = embed(load(demo_checkpoint, "float16", KernelPlan.PACKED_VARLEN), batch).embeddings
+    eager = embed(load_under(demo_checkpoint, "float16", KernelPlan.PACKED_VARLEN), batch).embeddings
     assert measure_distance(embed(half_model, batch).embeddings, eager) <= LIMITS[half_model.dtype]
 
 

@@ -89,7 +89,8 @@ def test_fp8_products_are_those_of_the_rounded_numbers() -> None:
     hidden, out = draw(ROWS, EMBEDDING_WIDTH), fp8.quantise(draw(EMBEDDING_WIDTH, MLP_WIDTH), peak / 448)
     expected = hidden.float() + functional.linear(narrow.float(), widen(out))
     products.add_linear(hidden, narrow, out)
-    assert float((hidden.float() - expected).norm() / expected.norm()) < 3e-3
+    # 160 additions to sums that keep 14 bits.
+    assert float((hidden.float() - expected).norm() / expected.norm()) < 160 * 2**-14
 
 
 def test_the_bound_of_a_linear_map_holds_for_the_worst_row() -> None:
