@@ -13,7 +13,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down lint test test-system test-gpu bench
+.PHONY: help setup run up down lint test test-system test-gpu bench bench-gpu
 
 help:
 	@echo "make run          set up, start everything, embed $$FASTA, print a summary, stop"
@@ -23,7 +23,7 @@ help:
 	@echo 'make lint         style, types, and which room may import which'
 	@echo 'make test-system  the tests that need root or system packages'
 	@echo 'make test-gpu     the tests that need an NVIDIA GPU'
-	@echo 'make bench        the benchmarks, into benchmarks/results'
+	@echo 'make bench        the benchmarks, into benchmarks/results; bench-gpu: those for one and two GPUs'
 
 setup: $(INSTALLED)
 
@@ -63,3 +63,8 @@ test-gpu: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.registration
 	$(BIN)/python -m benchmarks.ledger
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_extract
+	$(BIN)/python -m benchmarks.gpu_fidelity
+	$(BIN)/python -m benchmarks.gpu_pipeline

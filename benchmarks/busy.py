@@ -47,7 +47,7 @@ def measure_busy(
 ) -> tuple[Result, dict[str, float]]:
     """The result of a long run, and the share of its time in which the GPU computed.
 
-    The time is that between the first chunk's reading and the last one's commit. The share is that of the packs
+    The time is that from opening the input to the last artifact on disk. The share is that of the packs
     (`packs`) times the part of packs that kernels fill (`filled`), which the short run tells. `short` is what
     the profiler saw of the short run itself: less, because its beginning and end weigh more.
 
@@ -69,14 +69,16 @@ def measure_busy(
         model.encoder = whole
     kernels = find_kernels(profiler)
     computing = cover(kernels) / 1e9
-    packs, filled = long_packs / (long.seconds - long.scan_seconds), computing / short_packs
+    packs, filled = long_packs / long.seconds, computing / short_packs
     return long, {
         "gpu_busy": packs * filled,
         "packs": packs,
         "filled": filled,
         "records": long.records,
+        "seconds": long.seconds,
+        "scan_seconds": long.scan_seconds,
         "residues_per_s": round(long.residues_per_s),
-        "short": computing / (short.seconds - short.scan_seconds),
+        "short": computing / short.seconds,
         "short_records": short.records,
         "short_residues_per_s": round(short.residues_per_s),
         "short_kernels": len(kernels),

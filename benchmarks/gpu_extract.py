@@ -10,9 +10,9 @@ embedded in float16, with a look at how busy the GPU is (`benchmarks.busy`). The
 that come first, and those are not ours. Before it is timed, a loop over `EsmModel` sees the whole input, as
 nearly every batch has a shape of its own; ours see a few packs.
 
-`share` is of the burst ceiling of bfloat16 products that this run measures first, `own_share` of that of the
-method's own dtype. Ceilings are measured again at the end, and each while hot, too: power limits the card, so
-work that lasts longer than a moment meets the hot one.
+`share` is of the burst ceiling of bfloat16 products, `own_share` of that of the method's own dtype. Ceilings are
+measured before all methods and after them, and the larger counts. Each is measured while hot, too: power limits
+the card, so work that lasts longer than a moment meets the hot one.
 
 The table is printed and goes to benchmarks/results/gpu_extract.json; what it was measured under goes to
 gpu_extract_conditions.json beside it, with the rate at which a job's `.pt` file is written.
@@ -28,13 +28,11 @@ import copy
 import functools
 import gc
 import json
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +43,13 @@ from torch import nn
 from benchmarks.bare import Embed, Result, extract_chunks
 from benchmarks.baselines import embed_existing, embed_padded, make_esm
 from benchmarks.busy import measure_busy
+from benchmarks.conditions import describe_machine, save
 from benchmarks.workloads import WORKLOADS, count_flops, draw_lengths, measure_ceilings, write_fasta
 from virnucpro_core.embedding import extraction
 from virnucpro_core.embedding.execution import KernelPlan
 from virnucpro_core.embedding.loading import adopt_weights, build_model
 from virnucpro_core.embedding.model import Weights
 from virnucpro_core.features.exports import write_export
-from virnucpro_core.features.manifests import installed_versions
 from virnucpro_core.features.matrices import open_matrix, write_matrix
 from virnucpro_core.recipe import EMBEDDING_WIDTH, Dtype
 
@@ -59,7 +57,7 @@ RESULTS = Path(__file__).parent / "results" / "gpu_extract.json"
 CONDITIONS = RESULTS.with_name("gpu_extract_conditions.json")
 
 EXPORT_ROWS = 100_000
-PROFILED_READS = 200_000
+PROFILED_READS = 100_000
 WARM_RESIDUES = 60_000
 
 
@@ -126,31 +124,44 @@ def run(embed: Embed, workload: str, records: int) -> Result:
     return result
 
 
-def make_row(
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A method's run on a workload, and the GPU memory that was allocated at most, in bytes."""
+
+    workload: str
+    method: str
+    result: Result
+    peak_bytes: int
+
+
+def make_rows(measured: Sequence[Measured], bursts: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The rows of the table; `bursts` are the burst ceilings by dtype, TFLOP/s."""
+    existing = {each.workload: each.result for each in measured if each.method == "existing"}
+    return [
+        _make_row(each.workload, each.method, each.result, each.peak_bytes, existing[each.workload], bursts)
+        for each in measured
+    ]
+
+
+def largest_bursts(ceilings: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+    """By dtype the largest burst ceiling that was measured, whenever that was."""
+    return {dtype: max(each[dtype]["burst"] for each in ceilings.values()) for dtype in ceilings["before"]}
+
+
+def _make_row(
     workload: str,
     name: str,
     result: Result,
     peak_bytes: int,
-    *,
-    existing: float,
+    existing: Result,
     bursts: Mapping[str, float],
 ) -> dict[str, Any]:
-    """A row of the table.
-
-    Args:
-        workload: its name.
-        name: the method's.
-        result: of the run.
-        peak_bytes: GPU memory that was allocated at most.
-        existing: residues per second of `existing` on this workload.
-        bursts: burst ceilings by dtype, TFLOP/s.
-    """
     reached = count_flops(draw_lengths(workload, result.records)) / result.seconds / 1e12
     return {
         "workload": workload,
         "method": name,
         "residues_per_s": round(result.residues_per_s),
-        "ratio": round(result.residues_per_s / existing, 3),
+        "ratio": round(result.residues_per_s / existing.residues_per_s, 3),
         "share": round(reached / bursts["bfloat16"], 4),
         "own_share": round(reached / bursts[METHODS[name].dtype], 4),
         "peak_gib": round(peak_bytes / 2**30, 2),
@@ -188,24 +199,6 @@ def measure_export(rows: int) -> dict[str, float]:
     return {"rows": rows, "seconds": seconds, "rows_per_s": round(rows / seconds)}
 
 
-def describe_machine() -> dict[str, Any]:
-    import triton
-
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gpu": properties.name,
-        "gpu_gib": round(properties.total_memory / 2**30, 1),
-        "processors": os.cpu_count(),
-        "versions": {**installed_versions(), "triton": triton.__version__, "cuda": torch.version.cuda},
-    }
-
-
-def save(path: Path, content: object) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure extraction on one GPU beside other loops.")
     parser.add_argument("--seconds", type=float, default=6.0, help="time of each method on each workload")
@@ -217,13 +210,11 @@ def main() -> int:
     conditions["ceilings_tflops"] = {"before": measure_ceilings()}
     conditions["execution"] = {}
     print(json.dumps(conditions, indent=2), flush=True)
-    bursts = {dtype: both["burst"] for dtype, both in conditions["ceilings_tflops"]["before"].items()}
     # On the host, so that it does not count in any method's memory.
     module = make_esm(device).cpu()
     weights = adopt_weights(module)
 
-    rows: list[dict[str, Any]] = []
-    existing: dict[str, float] = {}
+    measured: list[Measured] = []
     for name, method in METHODS.items():
         embed = prepare(method, module, weights, device)
         model = embed.args[0]
@@ -242,18 +233,20 @@ def main() -> int:
                 print(json.dumps(conditions["gpu_busy"]), flush=True)
             else:
                 result = run(embed, workload, records)
-            existing.setdefault(workload, result.residues_per_s)
-            peak = torch.cuda.max_memory_allocated()
-            rows.append(make_row(workload, name, result, peak, existing=existing[workload], bursts=bursts))
+            measured.append(Measured(workload, name, result, torch.cuda.max_memory_allocated()))
+            rows = make_rows(measured, largest_bursts(conditions["ceilings_tflops"]))
             print(json.dumps(rows[-1]), flush=True)
         del embed, model
         gc.collect()
         torch.cuda.empty_cache()
         # After each method: what was measured is not lost if a later one fails.
         save(RESULTS, rows)
+        save(CONDITIONS, conditions)
 
     conditions["export"] = measure_export(EXPORT_ROWS)
     conditions["ceilings_tflops"]["after"] = measure_ceilings()
+    rows = make_rows(measured, largest_bursts(conditions["ceilings_tflops"]))
+    save(RESULTS, rows)
     save(CONDITIONS, conditions)
     print(json.dumps(conditions, indent=2), format_table(rows), sep="\n\n")
     return 0

@@ -5,7 +5,7 @@
 The sequences are those of the workload `mixed`, the weights random in FastESM2's full shape, the same for all.
 The reference computes each sequence alone and without padding. Of each embedding the report tells the relative
 L2 distance from the reference's, the largest difference of a number, and whether its nearest neighbour among
-the other sequences (by cosine) is the reference's. Random sequences through random weights lie close together,
+the other sequences is the reference's. Random sequences through random weights lie close together,
 so neighbours change places more easily here than among proteins.
 
 Prints the worst and the median of each method; benchmarks/results/gpu_fidelity.json has a row for each method
@@ -15,7 +15,6 @@ and sequence. To be carried along: what `benchmarks.gpu_extract` names.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,10 +26,13 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.baselines import embed_existing, make_esm
+from benchmarks.conditions import describe_machine, save
 from benchmarks.workloads import write_fasta
 from virnucpro_core.embedding.execution import KernelPlan
 from virnucpro_core.embedding.extraction import embed
 from virnucpro_core.embedding.loading import adopt_weights, build_model
+from virnucpro_core.embedding.model import exact_products
+from virnucpro_core.embedding.reference import find_nearest, relative_l2
 from virnucpro_core.recipe import Dtype
 from virnucpro_core.sequences.fasta import RecordBatch, parse_records
 
@@ -52,31 +54,22 @@ def make_batch(records: int) -> RecordBatch:
         return parse_records(path.read_bytes(), first_record=1)
 
 
-def find_nearest(rows: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The index of each row's nearest other row by cosine, int64 (n,), from float32 (n, 1280), n ≥ 2."""
-    wide = rows.astype(np.float64)
-    wide /= np.linalg.norm(wide, axis=1, keepdims=True)
-    cosines = wide @ wide.T
-    np.fill_diagonal(cosines, -np.inf)
-    nearest: NDArray[np.int64] = cosines.argmax(axis=1)
-    return nearest
-
-
 def compare(
     method: str, batch: RecordBatch, ours: NDArray[np.float32], theirs: NDArray[np.float32]
 ) -> list[dict[str, Any]]:
     """A row for each sequence; the embeddings are float32 (n, 1280)."""
-    difference = np.abs(ours.astype(np.float64) - theirs)
-    relative = np.linalg.norm(difference, axis=1) / np.linalg.norm(theirs.astype(np.float64), axis=1)
-    same = find_nearest(ours) == find_nearest(theirs)
+    rows = torch.from_numpy(ours), torch.from_numpy(theirs)
+    difference = (rows[0] - rows[1]).abs().amax(dim=1).tolist()
+    relative = relative_l2(*rows).tolist()
+    same = (find_nearest(rows[0]) == find_nearest(rows[1])).tolist()
     return [
         {
             "method": method,
             "sequence": batch.ids[index],
             "residues": int(batch.offsets[index + 1] - batch.offsets[index]),
-            "relative_l2": float(relative[index]),
-            "max_abs": float(difference[index].max()),
-            "same_nearest": bool(same[index]),
+            "relative_l2": relative[index],
+            "max_abs": difference[index],
+            "same_nearest": same[index],
         }
         for index in range(len(ours))
     ]
@@ -104,12 +97,10 @@ def main() -> int:
     parser.add_argument("--records", type=int, default=300, help="sequences of the mixed workload")
     records = parser.parse_args().records
     device = torch.device("cuda")
-    # torch's default, but the reference must not depend on it.
-    torch.set_float32_matmul_precision("highest")
-
     batch = make_batch(records)
     module = make_esm(device)
-    theirs = embed_existing(module, batch, tokens=1).embeddings
+    with exact_products():
+        theirs = embed_existing(module, batch, tokens=1).embeddings
     weights = adopt_weights(module)
     rows: list[dict[str, Any]] = []
     for method, (dtype, plan) in METHODS.items():
@@ -119,8 +110,7 @@ def main() -> int:
             raise RuntimeError(f"{method}: {extracted.failures[0]}")
         rows += compare(method, batch, extracted.embeddings, theirs)
         print(f"{method}: {model.execution()}", flush=True)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    save(RESULTS, {"conditions": describe_machine(), "rows": rows})
     print(format_summary(rows))
     return 0
 

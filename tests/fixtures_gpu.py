@@ -16,7 +16,7 @@ from virnucpro_core.recipe import Dtype
 
 CUDA = torch.device("cuda")
 
-HALF: list[tuple[Dtype, KernelPlan]] = [
+PACKED: list[tuple[Dtype, KernelPlan]] = [
     ("float16", KernelPlan.PACKED_FUSED),
     ("float16", KernelPlan.PACKED_VARLEN),
     ("fp8", KernelPlan.PACKED_FP8),
@@ -34,14 +34,14 @@ def load_under(folder: Path, dtype: Dtype, plan: KernelPlan) -> FastEsm:
     return build_model(open_weights(inspect_checkpoint(folder)), CUDA, dtype, plan)
 
 
-@pytest.fixture(params=HALF, ids="-".join)
-def half_model(demo_checkpoint: Path, request: pytest.FixtureRequest) -> FastEsm:
+@pytest.fixture(params=PACKED, ids="-".join)
+def packed_model(demo_checkpoint: Path, request: pytest.FixtureRequest) -> FastEsm:
     """The demonstration checkpoint under each packed plan."""
     return load_under(demo_checkpoint, *request.param)
 
 
-@pytest.fixture(params=[*HALF, *BFLOAT16], ids="-".join)
-def any_half_model(demo_checkpoint: Path, request: pytest.FixtureRequest) -> FastEsm:
+@pytest.fixture(params=[*PACKED, *BFLOAT16], ids="-".join)
+def any_packed_model(demo_checkpoint: Path, request: pytest.FixtureRequest) -> FastEsm:
     """The same, and in bfloat16."""
     return load_under(demo_checkpoint, *request.param)
 

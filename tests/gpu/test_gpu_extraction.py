@@ -15,18 +15,20 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 from torch import Tensor
 
 from tests.fixtures_gpu import CUDA, load_under
 from virnucpro_core.embedding import loading
-from virnucpro_core.embedding.checkpoint import inspect_checkpoint
+from virnucpro_core.embedding.checkpoint import WEIGHTS_NAME, inspect_checkpoint
 from virnucpro_core.embedding.execution import KernelPlan
 from virnucpro_core.embedding.extraction import Extraction, embed
 from virnucpro_core.embedding.loading import build_model, explain_missing, load_fast_esm, open_weights
 from virnucpro_core.embedding.model import FastEsm
 from virnucpro_core.embedding.packing import PACK_TOKENS
-from virnucpro_core.embedding.selftest import LIMITS, embed_with_transformers, run_selftest
+from virnucpro_core.embedding.reference import Reference
+from virnucpro_core.embedding.selftest import LIMITS, run_selftest
 from virnucpro_core.embedding.verdicts import keep_verdict
 from virnucpro_core.errors import ExecutionError
 from virnucpro_core.failures import FailureReason
@@ -73,32 +75,32 @@ def test_a_slower_plan_is_logged_with_its_reason(
     )
 
 
-def test_half_precision_is_close_to_transformers(
-    demo_checkpoint: Path, any_half_model: FastEsm, make_proteins: MakeProteins
+def test_packs_are_close_to_transformers(
+    demo_checkpoint: Path, any_packed_model: FastEsm, make_proteins: MakeProteins
 ) -> None:
     sequences = make_proteins(*LENGTHS)
-    ours = embed(any_half_model, parse(sequences)).embeddings
-    theirs = embed_with_transformers(inspect_checkpoint(demo_checkpoint), sequences, CUDA).numpy()
-    assert measure_distance(ours, theirs) <= LIMITS[any_half_model.dtype]
+    ours = embed(any_packed_model, parse(sequences)).embeddings
+    theirs = Reference(inspect_checkpoint(demo_checkpoint), CUDA).embed(sequences).numpy()
+    assert measure_distance(ours, theirs) <= LIMITS[any_packed_model.dtype]
 
 
 def test_float32_is_close_to_transformers(demo_checkpoint: Path, make_proteins: MakeProteins) -> None:
     sequences = make_proteins(*LENGTHS)
     ours = embed(load_fast_esm(demo_checkpoint, device="cuda", dtype="float32"), parse(sequences)).embeddings
-    theirs = embed_with_transformers(inspect_checkpoint(demo_checkpoint), sequences, CUDA).numpy()
+    theirs = Reference(inspect_checkpoint(demo_checkpoint), CUDA).embed(sequences).numpy()
     assert measure_distance(ours, theirs) <= LIMITS["float32"]
 
 
-def test_all_plans_agree(demo_checkpoint: Path, half_model: FastEsm, make_proteins: MakeProteins) -> None:
+def test_all_plans_agree(demo_checkpoint: Path, packed_model: FastEsm, make_proteins: MakeProteins) -> None:
     batch = parse(make_proteins(*LENGTHS, 2500), truncation=3000)
     eager = embed(load_under(demo_checkpoint, "float16", KernelPlan.PACKED_VARLEN), batch).embeddings
-    assert measure_distance(embed(half_model, batch).embeddings, eager) <= LIMITS[half_model.dtype]
+    assert measure_distance(embed(packed_model, batch).embeddings, eager) <= LIMITS[packed_model.dtype]
 
 
 def test_nothing_beside_a_sequence_changes_a_byte(
-    any_half_model: FastEsm, make_proteins: MakeProteins
+    any_packed_model: FastEsm, make_proteins: MakeProteins
 ) -> None:
-    check_neighbours(any_half_model, make_proteins)
+    check_neighbours(any_packed_model, make_proteins)
 
 
 def test_nothing_beside_a_sequence_changes_a_byte_in_float32(
@@ -118,43 +120,45 @@ def check_neighbours(model: FastEsm, make_proteins: MakeProteins) -> None:
 
 @pytest.mark.parametrize("toks_per_batch", [512, 1000, 4096, 10_001, 65_536])
 def test_the_size_of_packs_changes_no_byte(
-    half_model: FastEsm, make_proteins: MakeProteins, toks_per_batch: int
+    packed_model: FastEsm, make_proteins: MakeProteins, toks_per_batch: int
 ) -> None:
     batch = parse(make_proteins(*LENGTHS * 8))
-    expected = embed(half_model, batch).embeddings
-    assert embed(half_model, batch, toks_per_batch=toks_per_batch).embeddings.tobytes() == expected.tobytes()
+    expected = embed(packed_model, batch).embeddings
+    assert (
+        embed(packed_model, batch, toks_per_batch=toks_per_batch).embeddings.tobytes() == expected.tobytes()
+    )
 
 
 def test_packs_are_halved_until_they_fit_with_the_same_bytes(
-    half_model: FastEsm, make_proteins: MakeProteins, limit_memory: Callable[[int], None]
+    packed_model: FastEsm, make_proteins: MakeProteins, limit_memory: Callable[[int], None]
 ) -> None:
     batch = parse(make_proteins(*LENGTHS * 16))
-    expected = embed(half_model, batch)
+    expected = embed(packed_model, batch)
     done: list[int] = []
     limit_memory(200 << 20)
-    halved = embed(half_model, batch, on_progress=done.append)
+    halved = embed(packed_model, batch, on_progress=done.append)
     assert halved.failures == []
     assert halved.embeddings.tobytes() == expected.embeddings.tobytes()
-    assert half_model.fitting_tokens is not None
-    assert half_model.fitting_tokens <= PACK_TOKENS // 2
+    assert packed_model.fitting_tokens is not None
+    assert packed_model.fitting_tokens <= PACK_TOKENS // 2
     assert halved.execution == expected.execution
     assert sum(done) == len(batch.ids)
 
 
 def test_a_record_that_does_not_fit_fails_alone(
-    half_model: FastEsm, make_proteins: MakeProteins, limit_memory: Callable[[int], None]
+    packed_model: FastEsm, make_proteins: MakeProteins, limit_memory: Callable[[int], None]
 ) -> None:
     batch = parse(make_proteins(50, 120_000, 165), truncation=1_000_000)
-    expected = embed(half_model, batch)
+    expected = embed(packed_model, batch)
     assert expected.failures == []
     limit_memory(400 << 20)
-    extraction = embed(half_model, batch)
+    extraction = embed(packed_model, batch)
     assert [(failure.record, failure.reason) for failure in extraction.failures] == [(2, FailureReason.OOM)]
     assert extraction.embeddings.tobytes() == expected.embeddings[[0, 2]].tobytes()
 
 
 def test_rows_that_overflow_are_computed_in_float32(
-    demo_checkpoint: Path, half_model: FastEsm, make_proteins: MakeProteins
+    demo_checkpoint: Path, packed_model: FastEsm, make_proteins: MakeProteins
 ) -> None:
     weights = open_weights(inspect_checkpoint(demo_checkpoint))
 
@@ -169,13 +173,14 @@ def test_rows_that_overflow_are_computed_in_float32(
     changed = replace(weights, read_tensor=read_tensor)
     sequences = make_proteins(50, 165)
     batch = parse([sequences[0], "MKBVL", sequences[1], "MKZVL"])
-    extraction = embed(build_model(changed, CUDA, half_model.dtype, half_model.plan), batch)
+    extraction = embed(build_model(changed, CUDA, packed_model.dtype, packed_model.plan), batch)
     wide = embed(build_model(changed, CUDA, "float32"), batch)
     assert [(failure.record, failure.reason) for failure in extraction.failures] == [
         (4, FailureReason.NON_FINITE)
     ]
+    assert extraction.repaired == 1
     assert extraction.embeddings[1].tobytes() == wide.embeddings[1].tobytes()
-    expected: Extraction = embed(half_model, parse(sequences))
+    expected: Extraction = embed(packed_model, parse(sequences))
     assert extraction.embeddings[[0, 2]].tobytes() == expected.embeddings.tobytes()
 
 
@@ -200,3 +205,34 @@ def test_fp8_is_refused_until_its_selftest_has_passed(demo_checkpoint: Path, tmp
         load_fast_esm(folder, device="cuda", dtype="fp8")
     keep_verdict(folder, passed)
     assert load_fast_esm(folder, device="cuda", dtype="fp8").plan is KernelPlan.PACKED_FP8
+
+
+@pytest.mark.parametrize("dtype", ["float16", "fp8"])
+def test_the_selftest_fails_where_only_the_repair_is_finite(
+    demo_checkpoint: Path, tmp_path: Path, dtype: Dtype
+) -> None:
+    if dtype == "fp8" and (missing := explain_missing(CUDA)):
+        pytest.skip(missing)
+    folder = Path(shutil.copytree(demo_checkpoint, tmp_path / "model"))
+    tensors = load_file(folder / WEIGHTS_NAME)
+    for name, tensor in tensors.items():
+        if "word_embeddings" in name:
+            tensor *= 1e6
+    save_file(tensors, folder / WEIGHTS_NAME)
+    failed = {
+        check.name for check in run_selftest(folder, device="cuda", dtype=dtype).checks if not check.passed
+    }
+    assert any("without NaN and Inf" in name for name in failed)
+    assert any("nearest neighbours" in name for name in failed) is (dtype == "fp8")
+
+
+def test_fp8_refuses_weights_whose_infinite_values_it_would_hide(demo_checkpoint: Path) -> None:
+    if missing := explain_missing(CUDA):
+        pytest.skip(missing)
+    weights = open_weights(inspect_checkpoint(demo_checkpoint))
+
+    def read_tensor(name: str) -> Tensor:
+        return weights.read_tensor(name) * (1e4 if "self.value.weight" in name else 1.0)
+
+    with pytest.raises(ExecutionError, match="values may reach"):
+        build_model(replace(weights, read_tensor=read_tensor), CUDA, "fp8")

@@ -130,6 +130,14 @@ def test_attention_stays_within_a_sequence() -> None:
     assert int(attended.isnan().any(dim=1).sum()) == SIZES[2]
 
 
+def test_attention_in_fp8_is_that_in_half_precision_rounded() -> None:
+    projected, tiles = draw(ROWS, 3 * EMBEDDING_WIDTH), torch.from_numpy(plan_tiles(BOUNDS)).to(CUDA)
+    exact = kernels.attend(projected, tiles).float()
+    peak = float(projected[:, 2 * EMBEDDING_WIDTH :].abs().max())
+    narrow = kernels.attend(projected, tiles, peak).float() * peak / 448
+    torch.testing.assert_close(narrow, exact, rtol=1 / 15, atol=peak / 448 * 2**-10)
+
+
 def test_the_norm_adds_the_shift() -> None:
     hidden = draw(ROWS, EMBEDDING_WIDTH, scale=30)
     shift, weight, bias = (draw(EMBEDDING_WIDTH, seed=seed).float() for seed in (1, 2, 3))

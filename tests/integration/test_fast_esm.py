@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_the_selftest_fails_where_transformers_disagrees(
 def test_verdicts_are_kept_by_execution_class(verdict: Verdict, tmp_path: Path) -> None:
     assert read_verdicts(tmp_path) == {}
     keep_verdict(tmp_path, verdict)
-    keep_verdict(tmp_path, Verdict(verdict.weights_sha256, None, []))
+    keep_verdict(tmp_path, replace(verdict, execution=None, checks=[]))
     assert verdict.execution is not None
     kept = read_verdicts(tmp_path)
     assert kept.keys() == {verdict.execution.sha256, "not_loaded"}

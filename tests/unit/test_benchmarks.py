@@ -20,8 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import bare, workloads
 from benchmarks.baselines import Rows, embed_existing, embed_padded, make_esm, plan_padded
 from benchmarks.busy import cover, find_kernels
-from benchmarks.gpu_extract import format_table, make_row
-from benchmarks.gpu_fidelity import compare, find_nearest, make_batch
+from benchmarks.gpu_extract import Measured, format_table, largest_bursts, make_rows
+from benchmarks.gpu_fidelity import compare, make_batch
 from benchmarks.workloads import count_flops, draw_lengths, write_fasta
 from virnucpro_core.embedding.extraction import embed
 from virnucpro_core.embedding.loading import adopt_weights, build_model
@@ -164,15 +164,19 @@ def test_a_profile_without_a_gpu_has_no_kernels() -> None:
 
 
 def test_a_row_relates_a_run_to_the_ceilings_and_the_existing_loop() -> None:
-    result = bare.Result(records=1000, residues=165_500, rows=1000, seconds=0.5, scan_seconds=0.1)
     bursts = {"bfloat16": 800.0, "float16": 750.0, "fp8": 1400.0}
-    row = make_row("viral500", "fp8", result, 3 << 29, existing=80_000.0, bursts=bursts)
+    slow = bare.Result(records=100, residues=16_550, rows=100, seconds=0.2, scan_seconds=0.1)
+    fast = bare.Result(records=1000, residues=165_500, rows=1000, seconds=0.5, scan_seconds=0.1)
+    first, row = make_rows(
+        [Measured("viral500", "existing", slow, 0), Measured("viral500", "fp8", fast, 3 << 29)], bursts
+    )
+    assert first["ratio"] == 1.0
     reached = count_flops(draw_lengths("viral500", 1000)) / 0.5 / 1e12
     assert row == {
         "workload": "viral500",
         "method": "fp8",
         "residues_per_s": 331_000,
-        "ratio": 4.138,
+        "ratio": 4.0,
         "share": pytest.approx(reached / 800, abs=1e-4),
         "own_share": pytest.approx(reached / 1400, abs=1e-4),
         "peak_gib": 1.5,
@@ -205,7 +209,8 @@ def test_fidelity_is_told_for_each_sequence() -> None:
     assert rows[3]["relative_l2"] == pytest.approx(2 / np.linalg.norm(theirs[3]), rel=1e-5)
 
 
-def test_the_nearest_neighbour_is_another_row_and_length_does_not_matter() -> None:
-    rows = np.zeros((4, 1280), dtype=np.float32)
-    rows[:, :2] = (1, 0), (0, 1), (9, 1), (0.1, 1)
-    assert find_nearest(rows).tolist() == [2, 3, 0, 1]
+def test_the_larger_reading_of_a_ceiling_counts() -> None:
+    before = {"bfloat16": {"burst": 750.0, "hot": 650.0}, "fp8": {"burst": 1500.0, "hot": 1300.0}}
+    after = {"bfloat16": {"burst": 780.0, "hot": 640.0}, "fp8": {"burst": 1490.0, "hot": 1500.0}}
+    assert largest_bursts({"before": before}) == {"bfloat16": 750.0, "fp8": 1500.0}
+    assert largest_bursts({"before": before, "after": after}) == {"bfloat16": 780.0, "fp8": 1500.0}

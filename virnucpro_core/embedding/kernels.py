@@ -23,6 +23,7 @@ from virnucpro_core.recipe import EMBEDDING_WIDTH
 
 _WIDTH = tl.constexpr(EMBEDDING_WIDTH)
 _HEAD = tl.constexpr(HEAD_WIDTH)
+_HEADS = tl.constexpr(HEADS)
 # A tile's sides are powers of two, which 1280 is not.
 _LEFT = tl.constexpr(1024)
 _RIGHT = tl.constexpr(EMBEDDING_WIDTH - 1024)
@@ -51,7 +52,7 @@ def attend(projected: Tensor, tiles: Tensor, peak: float | None = None) -> Tenso
     """
     attended = projected.new_empty(len(projected), EMBEDDING_WIDTH, dtype=None if peak is None else FP8)
     factor = None if peak is None else FP8_PEAK / peak
-    _attend[(HEADS, len(tiles))](projected, tiles, attended, factor, num_warps=4)
+    _attend[(HEADS * len(tiles),)](projected, tiles, attended, factor, num_warps=4)
     return attended
 
 
@@ -104,26 +105,30 @@ def _launch_norm(
 
 @triton.jit
 def _attend(projected, tiles, attended, factor):
-    head = tl.program_id(0)
-    # From the last tile to the first: the product before wrote the last rows last, so the cache holds them.
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    # One dimension, as the others of a grid end at 65,535. From the last tile to the first: the product before
+    # wrote the last rows last, so the cache holds them.
+    head = tl.program_id(0) % _HEADS
+    tile = tl.num_programs(0) // _HEADS - 1 - tl.program_id(0) // _HEADS
     begin = tl.load(tiles + 3 * tile).to(tl.int64)
     length = tl.load(tiles + 3 * tile + 1)
-    query = tl.load(tiles + 3 * tile + 2) + tl.arange(0, _QUERIES)[:, None]
+    first = tl.load(tiles + 3 * tile + 2)
+    query = tl.arange(0, _QUERIES)[:, None]
     column = head * _HEAD + tl.arange(0, _HEAD)[None, :]
-    base = projected + begin * (3 * _WIDTH) + column
-    inside = query < length
-    queries = tl.load(base + query * (3 * _WIDTH), mask=inside, other=0.0)
+    inside = first + query < length
+    queries = tl.load(
+        projected + (begin + first) * (3 * _WIDTH) + query * (3 * _WIDTH) + column, mask=inside, other=0.0
+    )
 
     highest = tl.full((_QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((_QUERIES,), tl.float32)
     weighted = tl.zeros((_QUERIES, _HEAD), tl.float32)
     for start in tl.range(0, length, _KEYS, num_stages=2):
-        key = start + tl.arange(0, _KEYS)[:, None]
+        key = tl.arange(0, _KEYS)[:, None]
         # Masked, not only weighted by zero: a neighbour's NaN times zero would still be NaN.
-        known = key < length
-        keys = tl.load(base + key * (3 * _WIDTH) + _WIDTH, mask=known, other=0.0)
-        values = tl.load(base + key * (3 * _WIDTH) + 2 * _WIDTH, mask=known, other=0.0)
+        known = start + key < length
+        here = projected + (begin + start) * (3 * _WIDTH) + key * (3 * _WIDTH) + column
+        keys = tl.load(here + _WIDTH, mask=known, other=0.0)
+        values = tl.load(here + 2 * _WIDTH, mask=known, other=0.0)
         scores = tl.dot(queries, tl.trans(keys))
         scores = tl.where(start + tl.arange(0, _KEYS)[None, :] < length, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
@@ -132,7 +137,7 @@ def _attend(projected, tiles, attended, factor):
         total = total * shrink + tl.sum(weights, 1)
         weighted = tl.dot(weights.to(values.dtype), values, weighted * shrink[:, None])
         highest = higher
-    at = attended + (begin + query) * _WIDTH + column
+    at = attended + (begin + first) * _WIDTH + query * _WIDTH + column
     mean = weighted / total[:, None]
     if factor is not None:
         mean *= factor

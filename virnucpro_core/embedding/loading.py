@@ -206,7 +206,11 @@ def build_model(
             fused = _fuse_encoder(encoder, chosen)
             return FastEsm(weights=weights, encoder=fused, device=device, dtype=dtype, plan=chosen)
         except (ImportError, ExecutionError) as error:
-            if plan is not None or chosen is KernelPlan.PACKED_FP8:
+            if chosen is KernelPlan.PACKED_FP8:
+                raise ExecutionError(
+                    f"FP8 does not run here: {error}", where=str(device), todo="Ask for float16."
+                ) from error
+            if plan is not None:
                 raise
             chosen = KernelPlan.PACKED_VARLEN
             log.warning("fused_kernels_failed", reason=str(error), plan=chosen)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +138,17 @@ def pool_residues(hidden: Tensor, pieces: Tensor, rows: int) -> Tensor:
     return torch.segment_reduce(hidden[:rows].float(), "mean", lengths=pieces, unsafe=True)[1::2]
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Float32 products in float32 inside, not in TF32, whatever the process has chosen elsewhere."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)
+
+
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Where a model's tensors come from, so that they can be read again in another precision.
@@ -211,7 +223,8 @@ class FastEsm:
         tokens, positions = self._send(pack.tokens).int(), self._send(pack.positions)
         segments = Segments(self._send(pack.bounds), pack.longest)
         if isinstance(self.encoder, Encoder):
-            hidden = self.encoder(tokens, positions, segments, _ATTENTION[self.plan])
+            with exact_products():
+                hidden = self.encoder(tokens, positions, segments, _ATTENTION[self.plan])
             return pool_residues(hidden, self._send(pack.pieces), int(pack.pieces.sum()))
         tiles = self._send(plan_tiles(pack.bounds))
         return self.encoder(tokens, positions, segments, tiles, sequences=len(pack.pieces) // 2)

@@ -1,4 +1,4 @@
-"""The selftest: the contract's eleven checks, run on a user's own weights, device and dtype."""
+"""The selftest: the contract's eleven checks, run on a user's own weights, device and dtype; a twelfth in FP8."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from virnucpro_core.embedding.checkpoint import Checkpoint, expected_tensors
-from virnucpro_core.embedding.extraction import embed
+from virnucpro_core.embedding.checkpoint import Checkpoint
+from virnucpro_core.embedding.extraction import embed, extract
 from virnucpro_core.embedding.fast_esm import extract_fast_esm
 from virnucpro_core.embedding.loading import build_model, choose_device, find_checkpoint, open_weights
 from virnucpro_core.embedding.model import FastEsm
+from virnucpro_core.embedding.reference import Reference, draw_families, find_nearest, relative_l2
 from virnucpro_core.embedding.verdicts import Check, Verdict
-from virnucpro_core.errors import VirnucproError, WeightsError
+from virnucpro_core.errors import VirnucproError
 from virnucpro_core.features.merging import NUCLEOTIDE_WIDTH
 from virnucpro_core.features.validation import validate_embeddings
-from virnucpro_core.recipe import EMBEDDING_WIDTH, TRUNCATION, Dtype
+from virnucpro_core.recipe import EMBEDDING_WIDTH, Dtype
 from virnucpro_core.sequences.fasta import parse_records
-from virnucpro_core.sequences.residues import CLS, EOS, VOCABULARY
 
 LENGTHS = (20, 52, 96, 497, 1201, 20)
 """Residues of the six proteins; the fifth is truncated."""
@@ -33,9 +34,6 @@ LIMITS: dict[Dtype, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2
 """Largest relative L2 distance of an embedding from `transformers.EsmModel` in float32. bfloat16 has three
 significant bits less than float16, so about ten times its error. FP8 has four bits less than bfloat16, but only the
 operands of matrix products have them, so that most of it averages out."""
-
-FAMILIES, RELATIVES, SUBSTITUTED = 48, 4, 0.3
-"""Reference proteins for FP8: families of relatives, which differ from their ancestor in this share of residues."""
 
 LEAST_AGREEMENT = 0.95
 """Share of the reference proteins that must have the same nearest neighbour as in float32."""
@@ -60,10 +58,10 @@ def run_selftest(
         demanded = (*_CHECKS, _FP8_CHECK) if precision == "fp8" else _CHECKS
         checks = [_run_check(name, check, subject) for name, check in demanded]
         execution = subject.model.execution() if subject.model else None
-    return Verdict(checkpoint.sha256, execution, checks)
+    return Verdict(checkpoint.sha256, checkpoint.token_dropout, execution, checks)
 
 
-@dataclass(slots=True)
+@dataclass
 class _Subject:
     """What the checks hand on to one another."""
 
@@ -77,6 +75,10 @@ class _Subject:
     data: list[Tensor] = field(default_factory=list)
     content: dict[str, list[object]] = field(default_factory=dict)
     seconds: float = 0.0
+
+    @cached_property
+    def reference(self) -> Reference:
+        return Reference(self.checkpoint, self.device)
 
     @property
     def fasta(self) -> Path:
@@ -142,6 +144,9 @@ def _compare_lengths(subject: _Subject) -> tuple[bool, str]:
 def _check_values(subject: _Subject) -> tuple[bool, str]:
     data = subject.content.get("data", [])
     errors = validate_embeddings(subject.ids, data)
+    if subject.model is not None and (repaired := extract(subject.fasta, subject.model).repaired):
+        # Computed again in float32, as in use; but a checkpoint that needs that here needs it always.
+        errors.append(f"{repaired} were not finite in {subject.dtype}")
     errors += [f"{row.dtype}" for row in data if isinstance(row, Tensor) and row.dtype != torch.float32]
     return bool(data) and not errors, "; ".join(errors) or f"{len(data)} embeddings"
 
@@ -151,9 +156,9 @@ def _compare_with_transformers(subject: _Subject) -> tuple[bool, str]:
         return False, "there are no embeddings"
     ours = torch.stack(subject.data)
     distinct = len(torch.unique(ours, dim=0)) == len(ours) and bool(ours.any(dim=1).all())
-    theirs = embed_with_transformers(subject.checkpoint, subject.sequences, subject.device)
+    theirs = subject.reference.embed(subject.sequences)
     difference = (ours - theirs).abs().max()
-    relative = ((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).max()
+    relative = relative_l2(ours, theirs).max()
     limit = LIMITS[subject.dtype]
     detail = f"relative L2 {relative:.1e} at worst (limit {limit:.0e}), |Δ| {difference:.1e} at most"
     return distinct and bool(relative <= limit), detail
@@ -189,11 +194,12 @@ def _compare_neighbours(subject: _Subject) -> tuple[bool, str]:
         return False, "there is no model"
     sequences = draw_families()
     records = "".join(f">{number}\n{sequence}\n" for number, sequence in enumerate(sequences, 1))
-    ours = torch.from_numpy(embed(subject.model, parse_records(records.encode(), first_record=1)).embeddings)
-    if len(ours) < len(sequences):
-        return False, f"{len(sequences) - len(ours)} of {len(sequences)} proteins have no embedding"
-    theirs = embed_with_transformers(subject.checkpoint, sequences, subject.device)
-    errors = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
+    extraction = embed(subject.model, parse_records(records.encode(), first_record=1))
+    if extraction.failures or extraction.repaired:
+        # Repaired rows are float32 and would agree.
+        return False, f"{len(extraction.failures) + extraction.repaired} of {len(sequences)} are not finite"
+    ours, theirs = torch.from_numpy(extraction.embeddings), subject.reference.embed(sequences)
+    errors = relative_l2(ours, theirs)
     agreement = float((find_nearest(ours) == find_nearest(theirs)).float().mean())
     limit = LIMITS[subject.dtype]
     detail = (
@@ -201,51 +207,6 @@ def _compare_neighbours(subject: _Subject) -> tuple[bool, str]:
         f"worst (limit {limit:.0e}), {errors.median():.1e} in the middle"
     )
     return agreement >= LEAST_AGREEMENT and bool(errors.max() <= limit), detail
-
-
-def draw_families(seed: int = 1) -> list[str]:
-    """Reference proteins of 30 to 600 residues, `RELATIVES` of each family one after another."""
-    random = np.random.default_rng(seed)
-    letters = np.array(list("ACDEFGHIKLMNPQRSTVWY"))
-    proteins = []
-    for _ in range(FAMILIES):
-        ancestor = random.choice(letters, random.integers(30, 601))
-        for _ in range(RELATIVES):
-            changed = random.random(len(ancestor)) < SUBSTITUTED
-            proteins.append("".join(np.where(changed, random.choice(letters, len(ancestor)), ancestor)))
-    return proteins
-
-
-def find_nearest(embeddings: Tensor) -> Tensor:
-    """The nearest other row of each, by Euclidean distance: (n, 1280) to int64 (n,)."""
-    distances = torch.cdist(embeddings.double(), embeddings.double())
-    return distances.fill_diagonal_(torch.inf).argmin(dim=1)
-
-
-def embed_with_transformers(checkpoint: Checkpoint, sequences: list[str], device: torch.device) -> Tensor:
-    """What `transformers.EsmModel` makes of sequences, one at a time: float32 (n, 1280) on the CPU."""
-    from transformers import EsmConfig, EsmModel
-
-    # Not by `from_pretrained`: it reports on the head's tensors at length, which embeddings do not need.
-    reference: nn.Module = EsmModel(EsmConfig.from_dict(checkpoint.config), add_pooling_layer=False)
-    weights = open_weights(checkpoint)
-    tensors = {name: weights.read_tensor(name) for name in expected_tensors(checkpoint.layers)}
-    faults = reference.load_state_dict(tensors, strict=False)
-    if faults.unexpected_keys:
-        raise WeightsError(
-            f"transformers does not know {', '.join(faults.unexpected_keys[:5])}",
-            where=str(checkpoint.folder),
-            todo="Install a version of transformers that this project names.",
-        )
-    reference.to(device).eval()
-    rows = []
-    with torch.inference_mode():
-        for sequence in sequences:
-            residues = [VOCABULARY.index(letter) for letter in sequence[:TRUNCATION]]
-            tokens = torch.tensor([[CLS, *residues, EOS]], device=device)
-            hidden = reference(tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
-            rows.append(hidden[0, 1:-1].mean(dim=0).cpu())
-    return torch.stack(rows)
 
 
 _CHECKS: tuple[tuple[str, Callable[[_Subject], tuple[bool, str]]], ...] = (

@@ -6,13 +6,21 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import structlog
 
 from virnucpro_core.embedding.checkpoint import Checkpoint
 from virnucpro_core.embedding.execution import ExecutionClass
 from virnucpro_core.errors import ArtifactError
 from virnucpro_core.features.files import new_file
 
+log = structlog.get_logger()
+
 VERDICT_NAME = "selftest.json"
+
+VERSION = 1
+"""Rises with every change of a check or a limit: FP8 then has to pass again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +38,13 @@ class Verdict:
 
     Attributes:
         weights_sha256: of the checkpoint.
+        token_dropout: as the checkpoint's config has it.
         execution: how it was run; None if the model did not load.
-        checks: all eleven, in order.
+        checks: all of them, in order.
     """
 
     weights_sha256: str
+    token_dropout: bool
     execution: ExecutionClass | None
     checks: list[Check]
 
@@ -44,7 +54,9 @@ class Verdict:
 
     def to_json(self) -> dict[str, object]:
         return {
+            "version": VERSION,
             "passed": self.passed,
+            "token_dropout": self.token_dropout,
             "weights_sha256": self.weights_sha256,
             "execution": self.execution.to_json() if self.execution else None,
             "checks": [asdict(check) for check in self.checks],
@@ -65,31 +77,36 @@ def keep_verdict(folder: str | os.PathLike[str], verdict: Verdict) -> Path:
     return path
 
 
-def read_verdicts(folder: str | os.PathLike[str]) -> dict[str, object]:
+def read_verdicts(folder: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """The verdicts kept with a checkpoint, by the sha256 of their execution class; none if none was kept.
 
     Raises:
         ArtifactError: the file holds something else.
     """
     path = Path(folder, VERDICT_NAME)
-    if not path.exists():
-        return {}
     try:
         verdicts = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ArtifactError("the verdicts are not JSON", where=str(path), todo="Remove the file.") from error
-    if not isinstance(verdicts, dict):
-        raise ArtifactError("the verdicts are not an object", where=str(path), todo="Remove the file.")
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError, OSError) as error:
+        raise ArtifactError(
+            f"the verdicts cannot be read: {error}", where=str(path), todo="Remove the file."
+        ) from error
+    if not isinstance(verdicts, dict) or not all(isinstance(each, dict) for each in verdicts.values()):
+        raise ArtifactError("the verdicts are not objects", where=str(path), todo="Remove the file.")
     return verdicts
 
 
 def has_passed(checkpoint: Checkpoint, execution: ExecutionClass) -> bool:
-    """Whether the selftest of these weights was passed in this execution class.
+    """Whether this version of the selftest was passed with these weights in this execution class.
 
-    Raises:
-        ArtifactError: the file of verdicts holds something else.
+    A file of verdicts that cannot be read says no, and the log says so.
     """
-    verdict = read_verdicts(checkpoint.folder).get(execution.sha256)
-    if not isinstance(verdict, dict):
+    try:
+        verdict = read_verdicts(checkpoint.folder).get(execution.sha256, {})
+    except ArtifactError as error:
+        log.warning("verdicts_unusable", reason=str(error))
         return False
-    return verdict.get("passed") is True and verdict.get("weights_sha256") == checkpoint.sha256
+    demanded = {"version": VERSION, "weights_sha256": checkpoint.sha256, "passed": True}
+    demanded["token_dropout"] = checkpoint.token_dropout
+    return all(verdict.get(key) == value for key, value in demanded.items())
