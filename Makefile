@@ -17,7 +17,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down lint test test-system test-gpu chaos fuzz bench
+.PHONY: help setup run up down lint test test-system test-gpu chaos fuzz bench bench-gpu
 
 help:
 	@echo "make run          set up, start everything, embed $$FASTA, print a summary, stop"
@@ -29,7 +29,7 @@ help:
 	@echo 'make test-gpu     the tests that need an NVIDIA GPU'
 	@echo 'make chaos        each fault, then SEEDS=$(SEEDS) schedules of them, and whether every promise was kept'
 	@echo 'make fuzz         hostile files and messages, RUNS of them'
-	@echo 'make bench        the benchmarks, into benchmarks/results'
+	@echo 'make bench        the benchmarks, into benchmarks/results; bench-gpu: those for one and two GPUs'
 
 setup: $(INSTALLED)
 
@@ -76,3 +76,8 @@ fuzz: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.registration
 	$(BIN)/python -m benchmarks.ledger
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_extract
+	$(BIN)/python -m benchmarks.gpu_fidelity
+	$(BIN)/python -m benchmarks.gpu_pipeline

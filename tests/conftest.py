@@ -22,7 +22,7 @@ from virnucpro_core.stack.processes import Secrets, choose_port
 from virnucpro_core.stack.stack import Stack
 from virnucpro_core.stack.valkey import DATABASES, ValkeyServer
 
-pytest_plugins = ["tests.fixtures_airflow", "tests.fixtures_model"]
+pytest_plugins = ["tests.fixtures_airflow", "tests.fixtures_model", "tests.fixtures_gpu"]
 
 PROJECT = Path(__file__).resolve().parents[1]
 MIGRATED = "migrated"  # the template that each test's ledger is copied from

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-Dtype = Literal["float16", "bfloat16", "float32"]
+Dtype = Literal["float16", "bfloat16", "float32", "fp8"]
 ResiduePolicy = Literal["unknown", "strict"]
 
 EMBEDDING_WIDTH = 1280
@@ -24,7 +24,8 @@ class Recipe:
     Attributes:
         weights_sha256: sha256 of the checkpoint's model.safetensors.
         token_dropout: whether embeddings are scaled by 0.88, as the checkpoint's config says.
-        dtype: precision of the forward pass; pooling and storage are always float32.
+        dtype: precision of the forward pass, where fp8 means the operands of its matrix products; pooling and
+            storage are always float32.
         truncation: residues kept of each record.
         residues: `unknown` turns letters outside the vocabulary into <unk>; `strict` fails the record.
         pooling: mean over residue positions 1..L, without BOS, EOS and padding.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from virnucpro_core.recipe import EMBEDDING_WIDTH
 
 triton = pytest.importorskip("triton")
 kernels = pytest.importorskip("virnucpro_core.embedding.kernels")
+products = pytest.importorskip("virnucpro_core.embedding.products")
+fp8 = pytest.importorskip("virnucpro_core.embedding.fp8")
 fused = pytest.importorskip("virnucpro_core.embedding.fused")
 
 pytestmark = pytest.mark.gpu
@@ -49,7 +52,7 @@ def test_the_product_with_gelu() -> None:
         draw(MLP_WIDTH),
     )
     expected = functional.gelu(functional.linear(rows.float(), weight.float(), bias.float()))
-    computed = kernels.linear_gelu(rows, weight, bias).float()
+    computed = products.linear_gelu(rows, weight, bias).float()
     torch.testing.assert_close(computed, expected, rtol=1e-3, atol=2e-4)
 
 
@@ -63,8 +66,57 @@ def test_the_product_with_rotary() -> None:
     straight = functional.linear(rows.float(), weight.float(), bias.float()).view(ROWS, 3, HEADS, HEAD_WIDTH)
     turned = rotate(straight[:, :2], *rotation(positions))
     expected = torch.cat((turned, straight[:, 2:]), dim=1).view(ROWS, -1)
-    projected = kernels.linear_rotary(rows, weight, bias, positions, fused.rotation_tables(1026, CUDA))
+    projected = products.linear_rotary(rows, weight, bias, positions, fused.rotation_tables(1026, CUDA))
     torch.testing.assert_close(projected.float(), expected, rtol=1e-3, atol=4e-3)
+
+
+def widen(scaled: Any) -> Tensor:
+    return scaled.values.float() * scaled.scales[:, None]
+
+
+def test_fp8_products_are_those_of_the_rounded_numbers() -> None:
+    rows = kernels.norm_scaled(
+        draw(ROWS, EMBEDDING_WIDTH), *(draw(EMBEDDING_WIDTH, seed=seed).float() for seed in (1, 2, 3))
+    )
+    weight, bias = fp8.quantise(draw(MLP_WIDTH, EMBEDDING_WIDTH, scale=0.06)), draw(MLP_WIDTH)
+    expected = functional.gelu(functional.linear(widen(rows), widen(weight), bias.float()))
+    computed = products.linear_gelu(rows, weight, bias).float()
+    assert float((computed - expected).norm() / expected.norm()) < 2e-3
+    # 448 stands for the peak: half a step of FP8 is 1/16 of the number, or of the smallest normal one, 2^-6.
+    peak = 2 * float(expected.max())
+    narrow = products.linear_gelu(rows, weight, bias, peak)
+    torch.testing.assert_close(narrow.float() * peak / 448, computed, rtol=1 / 15, atol=peak / 448 * 2**-10)
+    hidden, out = draw(ROWS, EMBEDDING_WIDTH), fp8.quantise(draw(EMBEDDING_WIDTH, MLP_WIDTH), peak / 448)
+    expected = hidden.float() + functional.linear(narrow.float(), widen(out))
+    products.add_linear(hidden, narrow, out)
+    # 160 additions to sums that keep 14 bits.
+    assert float((hidden.float() - expected).norm() / expected.norm()) < 160 * 2**-14
+
+
+def test_the_bound_of_a_linear_map_holds_for_the_worst_row() -> None:
+    layer_norm = torch.nn.LayerNorm(EMBEDDING_WIDTH, eps=1e-5, device=CUDA)
+    with torch.no_grad():
+        layer_norm.weight.copy_(draw(EMBEDDING_WIDTH, seed=1).float())
+        layer_norm.bias.copy_(draw(EMBEDDING_WIDTH, seed=2).float())
+        weight, bias = draw(MLP_WIDTH, EMBEDDING_WIDTH, scale=0.06), draw(MLP_WIDTH)
+        bound = fp8.bound_linear(layer_norm, weight, bias)
+        # The input that points along a row of the weight gets furthest.
+        worst = layer_norm(1e3 * weight.float() * layer_norm.weight)
+        reached = functional.linear(worst, weight.float(), bias.float()).abs().max()
+    assert 0.9 * bound < float(reached) <= bound
+
+
+def test_a_scaled_norm_fills_the_range_of_fp8() -> None:
+    hidden = draw(ROWS, EMBEDDING_WIDTH, scale=30)
+    hidden[3] = 0.0
+    shift, weight, bias = (draw(EMBEDDING_WIDTH, seed=seed).float() for seed in (1, 2, 3))
+    shift.zero_()
+    bias.zero_()
+    exact = kernels.norm(hidden, shift, weight, bias, torch.float32)
+    scaled = kernels.norm_scaled(hidden, shift, weight, bias)
+    assert set(scaled.values.float().abs().amax(dim=1).tolist()) == {0.0, 448.0}
+    steps = exact.abs().amax(dim=1, keepdim=True) / 448 * 2**-10
+    assert bool(((widen(scaled) - exact).abs() <= exact.abs() / 15 + steps).all())
 
 
 def test_attention_stays_within_a_sequence() -> None:
@@ -76,6 +128,14 @@ def test_attention_stays_within_a_sequence() -> None:
         expected = functional.scaled_dot_product_attention(*parts).transpose(0, 1).reshape(end - begin, -1)
         torch.testing.assert_close(attended[begin:end], expected, rtol=1e-3, atol=2e-3, equal_nan=True)
     assert int(attended.isnan().any(dim=1).sum()) == SIZES[2]
+
+
+def test_attention_in_fp8_is_that_in_half_precision_rounded() -> None:
+    projected, tiles = draw(ROWS, 3 * EMBEDDING_WIDTH), torch.from_numpy(plan_tiles(BOUNDS)).to(CUDA)
+    exact = kernels.attend(projected, tiles).float()
+    peak = float(projected[:, 2 * EMBEDDING_WIDTH :].abs().max())
+    narrow = kernels.attend(projected, tiles, peak).float() * peak / 448
+    torch.testing.assert_close(narrow, exact, rtol=1 / 15, atol=peak / 448 * 2**-10)
 
 
 def test_the_norm_adds_the_shift() -> None:

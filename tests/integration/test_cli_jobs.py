@@ -202,9 +202,9 @@ def test_a_verdict_reaches_the_ledger(pipeline: Pipeline, virnucpro: Command, tm
     assert virnucpro("weights", "show", MODEL, "--json").json()["selftest"] == "not run"
     ended = virnucpro("selftest", "--model", folder, "--device", "cpu")
     assert (ended.code, ended.out.count("[PASS]"), ended.err) == (0, 11, "")
-    assert virnucpro("weights", "show", MODEL, "--json").json()["selftest"] == "passed"
+    assert virnucpro("weights", "show", MODEL, "--json").json()["selftest"] == "float32 passed"
     virnucpro("weights", "add", "again", folder)
-    assert virnucpro("weights", "show", "again", "--json").json()["selftest"] == "passed"
+    assert virnucpro("weights", "show", "again", "--json").json()["selftest"] == "float32 passed"
 
 
 def test_upgrade_makes_a_schema_and_is_harmless_again(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers import EsmModel, EsmTokenizer
 from virnucpro_core import extract_fast_esm, load_fast_esm
 from virnucpro_core.embedding.fast_esm import failures_path, manifest_path
 from virnucpro_core.embedding.model import FastEsm
-from virnucpro_core.embedding.selftest import LENGTHS, Verdict, keep_verdict, read_verdicts, run_selftest
+from virnucpro_core.embedding.selftest import LENGTHS, run_selftest
+from virnucpro_core.embedding.verdicts import Verdict, keep_verdict, read_verdicts
 from virnucpro_core.errors import InputError, MismatchError, WeightsError
 from virnucpro_core.features.manifests import read_manifest
 from virnucpro_core.sequences.residues import VOCABULARY
@@ -145,7 +147,7 @@ def test_the_selftest_fails_where_transformers_disagrees(
 def test_verdicts_are_kept_by_execution_class(verdict: Verdict, tmp_path: Path) -> None:
     assert read_verdicts(tmp_path) == {}
     keep_verdict(tmp_path, verdict)
-    keep_verdict(tmp_path, Verdict(verdict.weights_sha256, None, []))
+    keep_verdict(tmp_path, replace(verdict, execution=None, checks=[]))
     assert verdict.execution is not None
     kept = read_verdicts(tmp_path)
     assert kept.keys() == {verdict.execution.sha256, "not_loaded"}

@@ -292,13 +292,13 @@ def test_selftest_passes_eleven_checks_and_keeps_the_verdict(
     assert ended.code == 0, ended.out
     assert len(lines) == 11
     assert all(line.startswith("[PASS] ") for line in lines)
-    assert virnucpro("weights", "show", checkpoint, "--json").json()["selftest"] == "passed"
+    assert virnucpro("weights", "show", checkpoint, "--json").json()["selftest"] == "float32 passed"
 
     monkeypatch.setitem(selftest.LIMITS, "float32", 0.0)
     ended = virnucpro("selftest", "--model", checkpoint, "--device", "cpu", "--json")
     assert ended.code == 1
     assert [check["passed"] for check in json.loads(ended.out)["checks"]].count(False) == 1
-    assert virnucpro("weights", "show", checkpoint, "--json").json()["selftest"] == "FAILED"
+    assert virnucpro("weights", "show", checkpoint, "--json").json()["selftest"] == "float32 FAILED"
 
 
 @pytest.mark.parametrize("arguments", [("relay",), ("worker", "--gpus", "none")])

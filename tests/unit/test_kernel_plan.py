@@ -10,7 +10,8 @@ from structlog.testing import capture_logs
 
 from virnucpro_core.embedding import loading
 from virnucpro_core.embedding.execution import KernelPlan
-from virnucpro_core.embedding.loading import choose_plan, explain_missing
+from virnucpro_core.embedding.loading import choose_plan, explain_missing, load_fast_esm
+from virnucpro_core.errors import ExecutionError
 
 pytestmark = pytest.mark.unit
 
@@ -53,6 +54,19 @@ def test_other_gpus_take_a_slower_plan_that_the_log_names(
     [entry] = logs
     assert (entry["event"], entry["log_level"], entry["plan"]) == ("fused_kernels_missing", "warning", plan)
     assert "Hopper" in entry["reason"]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_fp8_has_one_plan_and_no_slower_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_plan(CUDA, "fp8") is KernelPlan.PACKED_FP8
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (8, 9))
+    with pytest.raises(ExecutionError, match="FP8 does not run here: they are made for Hopper"):
+        choose_plan(CUDA, "fp8")
+
+
+def test_fp8_is_refused_to_a_cpu(demo_checkpoint: Path) -> None:
+    with pytest.raises(ExecutionError, match="a CPU does not compute in fp8"):
+        load_fast_esm(demo_checkpoint, device="cpu", dtype="fp8")
 
 
 def test_what_is_missing_is_named(hopper: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
 
     from virnucpro_core.embedding.checkpoint import Checkpoint
-    from virnucpro_core.embedding.selftest import Verdict
+    from virnucpro_core.embedding.verdicts import Verdict
 
 PANEL = "Models"
 ModelOption = Annotated[
@@ -171,7 +171,8 @@ def selftest(
 
     The checks run the real extraction on six proteins of 20 to 1201 residues, and compare it with
     transformers' EsmModel in float32. The verdict is kept in the model's folder (selftest.json) and, where a
-    ledger is set up, with every model of these weights.
+    ledger is set up, with every model of these weights. A twelfth check in fp8 compares 192 proteins and their
+    nearest neighbours; workers compute in fp8 only where it passed.
     """
     from virnucpro_core.embedding.loading import find_checkpoint
     from virnucpro_core.embedding.selftest import run_selftest
@@ -185,8 +186,12 @@ def selftest(
             print(f"[{'PASS' if check.passed else 'FAIL'}] {check.name}: {check.detail}")
     try:
         keep_verdict(checkpoint, verdict)
-    except VirnucproError as error:  # a model's folder is often read-only: the host is accepted nevertheless
+    except VirnucproError as error:
+        # A model's folder is often read-only. The host is accepted nevertheless, but FP8 goes by the file there.
         print_note(f"The verdict could not be kept: {error}")
+        if dtype == "fp8":
+            print_note("Without it FP8 stays refused.")
+            raise typer.Exit(1) from error
     if not verdict.passed:
         raise typer.Exit(1)
 
@@ -204,7 +209,7 @@ def register(tx: Connection, name: str, checkpoint: Checkpoint, model_root: Path
 
 def keep_verdict(checkpoint: Checkpoint, verdict: Verdict) -> None:
     """Keep a self-test's verdict in the checkpoint's folder, and in the ledger if one is set up."""
-    from virnucpro_core.embedding.selftest import keep_verdict as keep_beside_weights
+    from virnucpro_core.embedding.verdicts import keep_verdict as keep_beside_weights
     from virnucpro_core.ledger.database import in_transaction
     from virnucpro_core.ledger.registration import keep_selftest
 
@@ -220,7 +225,7 @@ def keep_verdict(checkpoint: Checkpoint, verdict: Verdict) -> None:
 
 def find_verdicts(checkpoint: Checkpoint) -> dict[str, Any]:
     """The self-tests' verdicts on these weights, by execution class, that their folder holds."""
-    from virnucpro_core.embedding.selftest import read_verdicts
+    from virnucpro_core.embedding.verdicts import read_verdicts
 
     verdicts: dict[str, Any] = dict(read_verdicts(checkpoint.folder))
     return {
@@ -243,10 +248,16 @@ def describe_model(row: Row[Any]) -> dict[str, object]:
 
 
 def describe_verdicts(verdicts: dict[str, Any]) -> str:
-    """`passed` if every self-test did, on whatever device."""
+    """For each precision `passed` if every self-test did, on whatever device, else `FAILED`."""
     if not verdicts:
         return "not run"
-    return "passed" if all(verdict["passed"] for verdict in verdicts.values()) else "FAILED"
+    by_dtype: dict[str, bool] = {}
+    for verdict in verdicts.values():
+        dtype = (verdict["execution"] or {}).get("dtype", "not loaded")
+        by_dtype[dtype] = by_dtype.get(dtype, True) and verdict["passed"]
+    return ", ".join(
+        f"{dtype} {'passed' if passed else 'FAILED'}" for dtype, passed in sorted(by_dtype.items())
+    )
 
 
 def show_checkpoint(checkpoint: Checkpoint, as_json: bool, name: str | None = None) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class KernelPlan(StrEnum):
     """How sequences go through the device. A change that alters bytes needs a new name."""
 
+    PACKED_FP8 = "packed-fp8"
     PACKED_FUSED = "packed-fused"
     PACKED_VARLEN = "packed-varlen-eager"
     SINGLE_SDPA = "single-sdpa-eager"
@@ -28,6 +29,11 @@ class KernelPlan(StrEnum):
     def packed(self) -> bool:
         """Whether sequences go through the device in packs of fixed size, not one at a time."""
         return self is not KernelPlan.SINGLE_SDPA
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is made of Triton's kernels."""
+        return self in (KernelPlan.PACKED_FP8, KernelPlan.PACKED_FUSED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +90,7 @@ def describe_execution(
         threads = torch.get_num_threads()
     return ExecutionClass(
         torch=str(torch.__version__),
-        triton=_triton_version() if plan is KernelPlan.PACKED_FUSED else "",
+        triton=_triton_version() if plan.fused else "",
         device=device.type,
         hardware=hardware,
         dtype=dtype,

@@ -37,6 +37,9 @@ from virnucpro_core.sizes import CHUNK_TOKENS
 
 log = structlog.get_logger()
 
+NOT_FINITE = "the embedding holds NaN or Inf, in float32 too"
+NO_ROOM_FOR_FLOAT32 = "the embedding holds NaN or Inf, and there is no memory to compute it in float32"
+
 OnProgress = Callable[[int], None]
 """Called with the number of records that are done since the last call, embedded or failed."""
 
@@ -66,6 +69,7 @@ class Extraction:
         embeddings: float32 (m, 1280), all finite.
         failures: the records without an embedding, in input order.
         counts: what became of all of them.
+        repaired: embeddings that were not finite at first and were computed again, alone and in float32.
         execution: how the embeddings were computed.
         input_sha256: of the file, or of the range's bytes, that was read; empty where tokens were given.
         seconds: time that it took.
@@ -76,6 +80,7 @@ class Extraction:
     embeddings: NDArray[np.float32]
     failures: list[Failure]
     counts: Counts
+    repaired: int
     execution: ExecutionClass
     input_sha256: str
     seconds: float
@@ -182,6 +187,7 @@ def embed(
             truncated=batch.truncated,
             unknown=batch.unknown,
         ),
+        repaired=len(set(run.non_finite) - set(run.faults)),
         execution=model.execution(pack_tokens),
         input_sha256="",
         seconds=time.perf_counter() - started,
@@ -232,22 +238,24 @@ class _Run:
         """Computes the rows that are not finite again, each alone and in float32."""
         if not self.non_finite:
             return
-        why = "the embedding holds NaN or Inf, in float32 too"
         log.warning("rows_not_finite", rows=len(self.non_finite), dtype=self.model.dtype)
-        if self.model.dtype != "float32":
-            try:
-                self._recompute()
-            except torch.OutOfMemoryError:
-                why = "the embedding holds NaN or Inf, and there is no memory to compute it in float32"
-        for index in self.non_finite:
-            if not np.isfinite(self.embeddings[index]).all():
-                self.faults[index] = (FailureReason.NON_FINITE, why)
+        if self.model.dtype == "float32":
+            self.faults |= dict.fromkeys(self.non_finite, (FailureReason.NON_FINITE, NOT_FINITE))
+            return
+        try:
+            wide = build_model(self.model.weights, self.model.device, "float32")
+            for index in self.non_finite:
+                self._recompute(index, wide)
+        except torch.OutOfMemoryError:
+            rest = [index for index in self.non_finite if not np.isfinite(self.embeddings[index]).all()]
+            for index in rest:
+                self.faults.setdefault(index, (FailureReason.NON_FINITE, NO_ROOM_FOR_FLOAT32))
 
-    def _recompute(self) -> None:
-        wide = build_model(self.model.weights, self.model.device, "float32")
-        for index in self.non_finite:
-            pack = build_pack(self.tokens, self.offsets, np.array([index]))
-            self.embeddings[index] = wide.embed_pack(pack)[0].cpu().numpy()
+    def _recompute(self, index: int, wide: FastEsm) -> None:
+        pack = build_pack(self.tokens, self.offsets, np.array([index]))
+        self.embeddings[index] = wide.embed_pack(pack)[0].cpu().numpy()
+        if not np.isfinite(self.embeddings[index]).all():
+            self.faults[index] = (FailureReason.NON_FINITE, NOT_FINITE)
 
     def _size(self) -> int:
         """Rows of a full pack, as far as memory allows."""
@@ -318,6 +326,7 @@ def _join(parts: Sequence[Extraction], input_sha256: str, started: float) -> Ext
             truncated=sum(count.truncated for count in counts),
             unknown=sum(count.unknown for count in counts),
         ),
+        repaired=sum(part.repaired for part in parts),
         execution=parts[0].execution,
         input_sha256=input_sha256,
         seconds=time.perf_counter() - started,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,48 +13,83 @@ from triton.errors import TritonError
 
 from virnucpro_core.embedding.attention import Segments
 from virnucpro_core.embedding.checkpoint import HEAD_WIDTH, ROTARY_BASE
-from virnucpro_core.embedding.kernels import attend, linear_gelu, linear_rotary, norm, pool
+from virnucpro_core.embedding.kernels import attend, norm, norm_scaled, pool
 from virnucpro_core.embedding.model import Encoder, Layer
 from virnucpro_core.embedding.packing import LEAST_PACK_TOKENS, LONGEST, plan_tiles
+from virnucpro_core.embedding.products import Scaled, linear_gelu, linear_rotary
 from virnucpro_core.errors import ExecutionError
 from virnucpro_core.recipe import EMBEDDING_WIDTH
 
 
-@dataclass(frozen=True, slots=True)
-class _Norm:
-    """A layer norm over hidden state and shift; all float32 (1280,)."""
+class Norm:
+    """A layer norm over hidden state and shift.
 
-    shift: Tensor
-    weight: Tensor
-    bias: Tensor
+    Args:
+        layer_norm: its weight and bias.
+        shift: float32 (1280,).
+    """
+
+    def __init__(self, layer_norm: nn.LayerNorm, shift: Tensor) -> None:
+        self._parameters = (shift, layer_norm.weight.float(), layer_norm.bias.float())
 
     def __call__(self, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return norm(hidden, self.shift, self.weight, self.bias, dtype)
+        return norm(hidden, *self._parameters, dtype)
+
+    def scaled(self, hidden: Tensor) -> Scaled:
+        """The same in FP8."""
+        return norm_scaled(hidden, *self._parameters)
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """The parts of a `Layer`; of the two products that add in place only the transposed weights."""
+class FusedLayer(Protocol):
+    """One transformer layer; it changes the hidden state in place."""
 
-    attention_norm: _Norm
-    query_key_value: nn.Linear
-    attention_out: Tensor
-    mlp_norm: _Norm
-    mlp_in: nn.Linear
-    mlp_out: Tensor
+    def __init__(self, layer: Layer, shift: Tensor) -> None: ...
+
+    def __call__(
+        self, hidden: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor], tiles: Tensor
+    ) -> None: ...
 
 
-class FusedEncoder:
-    """Tokens to embeddings by the kernels of `kernels`; it shares the tensors of an `Encoder`.
+class HalfLayer:
+    """A layer in half precision.
 
     The two products that add to the hidden state do so themselves, in place. Their biases are left out there:
     the hidden state lacks the sum of all biases so far, which each norm adds in float32.
 
     Args:
-        encoder: on a Hopper GPU, in half precision.
+        layer: whose tensors it shares.
+        shift: float32 (1280,), the biases of all layers before.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, layer: Layer, shift: Tensor) -> None:
+        self._attention_norm = Norm(layer.attention_norm, shift)
+        self._query_key_value = layer.query_key_value
+        self._attention_out = layer.attention_out.weight.t()
+        self._mlp_norm = Norm(layer.mlp_norm, shift + layer.attention_out.bias.float())
+        self._mlp_in = layer.mlp_in
+        self._mlp_out = layer.mlp_out.weight.t()
+
+    def __call__(
+        self, hidden: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor], tiles: Tensor
+    ) -> None:
+        joined = self._query_key_value
+        projected = linear_rotary(
+            self._attention_norm(hidden), joined.weight, joined.bias, positions, rotation
+        )
+        hidden.addmm_(attend(projected, tiles), self._attention_out)
+        expanded = linear_gelu(self._mlp_norm(hidden), self._mlp_in.weight, self._mlp_in.bias)
+        hidden.addmm_(expanded, self._mlp_out)
+
+
+class FusedEncoder:
+    """Tokens to embeddings by the kernels of `products` and `kernels`.
+
+    Args:
+        encoder: on a Hopper GPU, in half precision.
+        layer_type: how to compute a layer.
+    """
+
+    def __init__(self, encoder: Encoder, layer_type: type[FusedLayer] = HalfLayer) -> None:
         words = encoder.words.weight
         self._words = words * encoder.scale
         self._rotation = rotation_tables(LONGEST, words.device)
@@ -62,21 +97,9 @@ class FusedEncoder:
         shift = torch.zeros(EMBEDDING_WIDTH, dtype=torch.float32, device=words.device)
         for layer in encoder.layers:
             assert isinstance(layer, Layer)
-            attention_norm = _adopt_norm(layer.attention_norm, shift)
-            shift = shift + layer.attention_out.bias.float()
-            mlp_norm = _adopt_norm(layer.mlp_norm, shift)
-            shift = shift + layer.mlp_out.bias.float()
-            self._layers.append(
-                _Layer(
-                    attention_norm,
-                    layer.query_key_value,
-                    layer.attention_out.weight.t(),
-                    mlp_norm,
-                    layer.mlp_in,
-                    layer.mlp_out.weight.t(),
-                )
-            )
-        self._final_norm = _adopt_norm(encoder.final_norm, shift)
+            self._layers.append(layer_type(layer, shift))
+            shift = shift + layer.attention_out.bias.float() + layer.mlp_out.bias.float()
+        self._final_norm = Norm(encoder.final_norm, shift)
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, segments: Segments, tiles: Tensor, sequences: int
@@ -99,16 +122,7 @@ class FusedEncoder:
         with torch.cuda.device(tokens.device):
             hidden = functional.embedding(tokens, self._words)
             for layer in self._layers:
-                projected = linear_rotary(
-                    layer.attention_norm(hidden),
-                    layer.query_key_value.weight,
-                    layer.query_key_value.bias,
-                    positions,
-                    self._rotation,
-                )
-                hidden.addmm_(attend(projected, tiles), layer.attention_out)
-                expanded = linear_gelu(layer.mlp_norm(hidden), layer.mlp_in.weight, layer.mlp_in.bias)
-                hidden.addmm_(expanded, layer.mlp_out)
+                layer(hidden, positions, self._rotation, tiles)
             return pool(self._final_norm(hidden, torch.float32), segments.bounds, sequences)
 
     @torch.inference_mode()
@@ -143,7 +157,3 @@ def rotation_tables(positions: int, device: torch.device) -> tuple[Tensor, Tenso
     places = torch.arange(positions, dtype=torch.float32, device=device)
     angles = places[:, None] * (1.0 / ROTARY_BASE**exponents)
     return angles.cos(), angles.sin()
-
-
-def _adopt_norm(layer_norm: nn.LayerNorm, shift: Tensor) -> _Norm:
-    return _Norm(shift, layer_norm.weight.float(), layer_norm.bias.float())

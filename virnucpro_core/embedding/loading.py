@@ -27,8 +27,10 @@ from virnucpro_core.embedding.checkpoint import (
     fetched_folder,
     inspect_checkpoint,
 )
-from virnucpro_core.embedding.execution import KernelPlan
+from virnucpro_core.embedding.execution import KernelPlan, describe_execution
 from virnucpro_core.embedding.model import TORCH_DTYPES, Encoder, FastEsm, Weights
+from virnucpro_core.embedding.packing import PACK_TOKENS
+from virnucpro_core.embedding.verdicts import has_passed
 from virnucpro_core.errors import ExecutionError, WeightsError
 from virnucpro_core.recipe import EMBEDDING_WIDTH, Dtype
 
@@ -56,20 +58,27 @@ def load_fast_esm(
         revision: a Hub commit, 40 hex digits; only for a repository.
         device: `cpu`, `cuda`, `cuda:1`; the GPU if there is one.
         dtype: precision of the forward pass; float16 on a GPU, float32 on a CPU, which computes nothing else.
+            `fp8` only once these weights passed the selftest in it, in the same execution class.
 
     Raises:
         WeightsError: the weights are missing, incomplete, or not FastESM2.
-        ExecutionError: the device is missing or cannot compute in `dtype`.
+        ExecutionError: the device is missing or cannot compute in `dtype`, or FP8 has not passed the selftest.
     """
     if isinstance(model, FastEsm):
         return _check_loaded(model, device, dtype)
     place, precision = choose_device(device, dtype)
-    weights = (
-        adopt_weights(model)
-        if isinstance(model, nn.Module)
-        else open_weights(find_checkpoint(model, revision))
-    )
-    return build_model(weights, place, precision)
+    if isinstance(model, nn.Module):
+        if precision == "fp8":
+            raise ExecutionError(
+                "FP8 needs a checkpoint that passed its selftest",
+                where=type(model).__name__,
+                todo="Name the checkpoint's folder instead of a module.",
+            )
+        return build_model(adopt_weights(model), place, precision)
+    checkpoint = find_checkpoint(model, revision)
+    if precision == "fp8":
+        _check_accepted(checkpoint, place)
+    return build_model(open_weights(checkpoint), place, precision)
 
 
 def choose_device(device: str | torch.device | None, dtype: Dtype | None) -> tuple[torch.device, Dtype]:
@@ -192,11 +201,15 @@ def build_model(
     with torch.no_grad():
         fill_encoder(encoder, weights.read_tensor)
     chosen = plan or choose_plan(device, dtype)
-    if chosen is KernelPlan.PACKED_FUSED:
+    if chosen.fused:
         try:
-            fused = _fuse_encoder(encoder)
+            fused = _fuse_encoder(encoder, chosen)
             return FastEsm(weights=weights, encoder=fused, device=device, dtype=dtype, plan=chosen)
         except (ImportError, ExecutionError) as error:
+            if chosen is KernelPlan.PACKED_FP8:
+                raise ExecutionError(
+                    f"FP8 does not run here: {error}", where=str(device), todo="Ask for float16."
+                ) from error
             if plan is not None:
                 raise
             chosen = KernelPlan.PACKED_VARLEN
@@ -205,10 +218,20 @@ def build_model(
 
 
 def choose_plan(device: torch.device, dtype: Dtype) -> KernelPlan:
-    """The fastest kernel plan that runs here; in half precision the log names what a slower one lacks."""
+    """The fastest kernel plan that runs here; in half precision the log names what a slower one lacks.
+
+    Raises:
+        ExecutionError: FP8, which has one plan only, does not run here.
+    """
     if device.type != "cuda" or dtype == "float32":
         return KernelPlan.SINGLE_SDPA
     missing = explain_missing(device)
+    if dtype == "fp8":
+        if missing is not None:
+            raise ExecutionError(
+                f"FP8 does not run here: {missing}", where=str(device), todo="Ask for float16."
+            )
+        return KernelPlan.PACKED_FP8
     if missing is None:
         return KernelPlan.PACKED_FUSED
     if has_packed_attention(device, TORCH_DTYPES[dtype]):
@@ -234,10 +257,11 @@ def explain_missing(device: torch.device) -> str | None:
     return None
 
 
-def _fuse_encoder(encoder: Encoder) -> FusedEncoder:
-    from virnucpro_core.embedding.fused import FusedEncoder
+def _fuse_encoder(encoder: Encoder, plan: KernelPlan) -> FusedEncoder:
+    from virnucpro_core.embedding.fp8 import Fp8Layer
+    from virnucpro_core.embedding.fused import FusedEncoder, HalfLayer
 
-    fused = FusedEncoder(encoder)
+    fused = FusedEncoder(encoder, Fp8Layer if plan is KernelPlan.PACKED_FP8 else HalfLayer)
     fused.warm_up()
     return fused
 
@@ -273,6 +297,16 @@ def _check_loaded(model: FastEsm, device: str | torch.device | None, dtype: Dtyp
             todo="Load it again from its folder, for that device and dtype.",
         )
     return model
+
+
+def _check_accepted(checkpoint: Checkpoint, device: torch.device) -> None:
+    execution = describe_execution(device, "fp8", choose_plan(device, "fp8"), PACK_TOKENS)
+    if not has_passed(checkpoint, execution):
+        raise ExecutionError(
+            "these weights have not passed the selftest in FP8 on this kind of GPU, with this software",
+            where=str(checkpoint.folder),
+            todo=f"Run `virnucpro selftest --model {checkpoint.folder} --dtype fp8`, or ask for float16.",
+        )
 
 
 def _hash_tensors(tensors: dict[str, Tensor]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,9 @@ TORCH_DTYPES: dict[Dtype, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
+    "fp8": torch.float16,
 }
+"""What holds the hidden state; with fp8 only the operands of matrix products are FP8."""
 
 _ATTENTION: dict[KernelPlan, Attention] = {
     KernelPlan.PACKED_VARLEN: attend_packed,
@@ -135,6 +138,17 @@ def pool_residues(hidden: Tensor, pieces: Tensor, rows: int) -> Tensor:
     return torch.segment_reduce(hidden[:rows].float(), "mean", lengths=pieces, unsafe=True)[1::2]
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Float32 products in float32 inside, not in TF32, whatever the process has chosen elsewhere."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)
+
+
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Where a model's tensors come from, so that they can be read again in another precision.
@@ -209,7 +223,8 @@ class FastEsm:
         tokens, positions = self._send(pack.tokens).int(), self._send(pack.positions)
         segments = Segments(self._send(pack.bounds), pack.longest)
         if isinstance(self.encoder, Encoder):
-            hidden = self.encoder(tokens, positions, segments, _ATTENTION[self.plan])
+            with exact_products():
+                hidden = self.encoder(tokens, positions, segments, _ATTENTION[self.plan])
             return pool_residues(hidden, self._send(pack.pieces), int(pack.pieces.sum()))
         tiles = self._send(plan_tiles(pack.bounds))
         return self.encoder(tokens, positions, segments, tiles, sequences=len(pack.pieces) // 2)
