@@ -122,7 +122,11 @@ class Settings(BaseSettings):
     stuck_seconds: float = Field(
         600.0, gt=0, description="A worker whose progress stands still for longer is stuck."
     )
-    max_attempts: int = Field(4, ge=1, description="Claims of one chunk before its job fails.")
+    max_attempts: int = Field(
+        4,
+        ge=1,
+        description="Errors of one chunk before its job fails. A worker that dies is none: what kills is halved.",
+    )
     window_per_worker: int = Field(
         2, ge=1, description="Messages kept published for each live worker of a queue."
     )

@@ -11,7 +11,10 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.fuzz.engine import Figures, run_hypothesis
@@ -29,7 +32,8 @@ def fuzz(name: str, runs: int, seed: int, folder: Path) -> list[Figures]:
     """
     by_hypothesis = max(1, round(runs * HYPOTHESIS_SHARE))
     by_atheris = runs - by_hypothesis
-    figures = [run_hypothesis(name, by_hypothesis, seed), Figures(name, "atheris")]
+    with scratch_folder() as scratch:
+        figures = [run_hypothesis(name, by_hypothesis, seed, scratch), Figures(name, "atheris")]
     tell(figures[0])
     while figures[1].runs < by_atheris:
         figures[1].add(fuzz_batch(name, min(BATCH, by_atheris - figures[1].runs), seed, folder))
@@ -40,15 +44,24 @@ def fuzz(name: str, runs: int, seed: int, folder: Path) -> list[Figures]:
 
 def fuzz_batch(name: str, runs: int, seed: int, folder: Path) -> Figures:
     """A process of atheris, which goes on from what those before it reached."""
-    command = [sys.executable, "-m", "tests.fuzz.engine", name, str(runs), str(seed), str(folder)]
     log = folder / f"{name}-atheris.log"
-    with log.open("wb") as output:
+    with log.open("wb") as output, scratch_folder() as scratch:
+        arguments = [name, str(runs), str(seed), str(folder), str(scratch)]
+        command = [sys.executable, "-m", "tests.fuzz.engine", *arguments]
         code = subprocess.run(command, stdout=output, stderr=output, check=False).returncode
     if code:
         print(log.read_text(errors="replace")[-5000:])
         found = [str(path) for path in sorted(folder.glob(f"{name}-*-*")) if path.is_file()]
         raise SystemExit(f"{name}: a finding (exit {code}): {', '.join(found)}")
     return Figures(**json.loads((folder / f"{name}-atheris.json").read_text()))
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for a while; in memory where there is one, as a million files would wear a disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)
 
 
 def tell(figures: Figures) -> None:

@@ -1,6 +1,6 @@
 """The two engines: hypothesis, whose inputs have a structure, and atheris, which follows coverage.
 
-python -m tests.fuzz.engine TARGET RUNS SEED FOLDER     atheris on one target; what it found is in FOLDER
+python -m tests.fuzz.engine TARGET RUNS SEED FOLDER SCRATCH     atheris on one target; what it found is in FOLDER
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import resource
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CORPUS = Path(__file__).parent / "corpus"
-MEMORY = Path("/dev/shm")  # where it exists, files there cost no disk
-
 INSTRUMENTED = ["virnucpro_core", "workers", "torch._weights_only_unpickler"]
 LARGEST_INPUT = 4096  # bytes
 LONGEST_RUN = 20  # seconds that one input may take
@@ -54,25 +51,20 @@ class Figures:
 
 
 class Attempts:
-    """Runs a target on input after input, in a folder that is in memory, and keeps the figures."""
+    """Runs a target on input after input, which it may write into a folder, and keeps the figures."""
 
-    def __init__(self, name: str, engine: str) -> None:
+    def __init__(self, name: str, engine: str, scratch: Path) -> None:
         from tests.fuzz import targets
 
         self.figures = Figures(name, engine)
         self.target = targets.TARGETS.get(name, targets.control)
         self.run = targets.run
         self.started = time.monotonic()
-        parent = MEMORY if MEMORY.is_dir() else None
-        self.folder = tempfile.TemporaryDirectory(prefix="fuzz-", dir=parent)
+        self.scratch = scratch
 
     def __call__(self, data: bytes) -> None:
         self.figures.runs += 1
-        self.figures.outcomes[self.run(self.target, data, Path(self.folder.name))] += 1
-
-    def close(self) -> Figures:
-        self.folder.cleanup()
-        return self.measure()
+        self.figures.outcomes[self.run(self.target, data, self.scratch)] += 1
 
     def measure(self) -> Figures:
         self.figures.seconds = round(time.monotonic() - self.started, 1)
@@ -80,8 +72,11 @@ class Attempts:
         return self.figures
 
 
-def run_hypothesis(name: str, examples: int, seed: int) -> Figures:
+def run_hypothesis(name: str, examples: int, seed: int, scratch: Path) -> Figures:
     """Try examples of a target's strategy.
+
+    Args:
+        scratch: an empty folder; best in memory.
 
     Raises:
         Exception: a finding, with the smallest input that hypothesis could find.
@@ -91,7 +86,7 @@ def run_hypothesis(name: str, examples: int, seed: int) -> Figures:
 
     from tests.fuzz.seeds import STRATEGIES
 
-    attempts = Attempts(name, "hypothesis")
+    attempts = Attempts(name, "hypothesis", scratch)
 
     @hypothesis.seed(seed)
     @settings(
@@ -105,19 +100,17 @@ def run_hypothesis(name: str, examples: int, seed: int) -> Figures:
     def attempt(data: bytes) -> None:
         attempts(data)
 
-    try:
-        attempt()
-    finally:
-        figures = attempts.close()
-    return figures
+    attempt()
+    return attempts.measure()
 
 
-def run_atheris(name: str, runs: int, seed: int, folder: Path) -> None:
+def run_atheris(name: str, runs: int, seed: int, folder: Path, scratch: Path) -> None:
     """Fuzz a target until so many inputs were tried; ends this process, with another code than 0 if it found one.
 
     Args:
         folder: gets the figures, the inputs that reached something new, and what was found, as `TARGET-crash-…`,
             `-timeout-…` or `-oom-…`.
+        scratch: an empty folder, best in memory; left as it is then, as libFuzzer ends the process at once.
     """
     import atheris
 
@@ -125,7 +118,7 @@ def run_atheris(name: str, runs: int, seed: int, folder: Path) -> None:
     with instrumented(include=INSTRUMENTED) if name != "control" else nullcontext():
         from tests.fuzz.seeds import SEEDS
 
-        attempts = Attempts(name, "atheris")
+        attempts = Attempts(name, "atheris", scratch)
     grown = folder / f"{name}-corpus"
     grown.mkdir(parents=True, exist_ok=True)
     for number, content in enumerate(SEEDS[name]):
@@ -154,4 +147,4 @@ def run_atheris(name: str, runs: int, seed: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_atheris(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    run_atheris(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), Path(sys.argv[5]))

@@ -10,6 +10,7 @@ import json
 from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 from kombu.serialization import loads as decode_content
 from kombu.utils.encoding import bytes_to_str
@@ -35,7 +36,7 @@ WIDTH = 4  # numbers in a row of the files that are fuzzed: small files find mor
 STORAGES = {"0": bytes(4 * WIDTH), "1": bytes(4000)}
 """Records of a `.pt` file: a row's numbers, and room for more rows."""
 
-scan.FREE_BYTES = 1 << 20  # a fuzzer soon finds out how to write 64 MiB
+FREE_BYTES = 1 << 20  # a fuzzer soon finds out how to write 64 MiB
 
 Target = Callable[[bytes, Path], str]
 
@@ -64,9 +65,10 @@ def fasta(data: bytes, folder: Path) -> str:
     path.write_bytes(content)
     spool = folder / "spool"
     try:
-        scanned = scan.scan_input(
-            path, chunk_tokens=1 + tokens, truncation=7, spool_root=spool, allow_nucleotides=True
-        )
+        with patch.object(scan, "FREE_BYTES", FREE_BYTES):
+            scanned = scan.scan_input(
+                path, chunk_tokens=1 + tokens, truncation=7, spool_root=spool, allow_nucleotides=True
+            )
         read = records = 0
         for chunk in scanned.chunks:
             batch = parse_records(

@@ -34,15 +34,17 @@ def test_seeds_are_sound(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_hypothesis_finds_nothing(name: str) -> None:
-    figures = run_hypothesis(name, EXAMPLES, seed=1)
+def test_hypothesis_finds_nothing(name: str, tmp_path: Path) -> None:
+    figures = run_hypothesis(name, EXAMPLES, 1, tmp_path)
     assert figures.runs >= EXAMPLES
     assert len(figures.outcomes) > 1, "it gets past the door, and is turned away, too"
 
 
 def run_atheris(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    scratch = folder / "scratch"
+    scratch.mkdir()
     return subprocess.run(
-        [sys.executable, "-m", "tests.fuzz.engine", name, str(RUNS), "1", str(folder)],
+        [sys.executable, "-m", "tests.fuzz.engine", name, str(RUNS), "1", str(folder), str(scratch)],
         cwd=PROJECT,
         capture_output=True,
         text=True,
@@ -60,9 +62,9 @@ def test_atheris_finds_nothing(name: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / f"{name}-atheris.json").read_text())["runs"] >= RUNS
 
 
-def test_hypothesis_reports_a_finding() -> None:
+def test_hypothesis_reports_a_finding(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
-        run_hypothesis("control", EXAMPLES, seed=1)
+        run_hypothesis("control", EXAMPLES, 1, tmp_path)
 
 
 def test_atheris_reports_a_finding(tmp_path: Path) -> None:
