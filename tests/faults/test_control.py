@@ -7,21 +7,38 @@ from pathlib import Path
 import pytest
 
 from tests.faults.chaos import Chaos
-from tests.faults.house import running_house
+from tests.faults.house import House, HouseError, running_house
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 
 
+HOUSES = 3
+"""The sleeper may be stopped while another of its threads is in a transaction. Its chunk is then not taken from it
+in time, and it commits alone; that house has nothing to say."""
+
+
 def test_without_fencing_the_double_commit_is_caught(tmp_path: Path) -> None:
-    with running_house(tmp_path / "house", unfenced=True) as house:
-        chaos = Chaos(house)
-        house.lay("extract", "renamed", "stop")
-        house.submit(force=True)
+    for number in range(HOUSES):
+        with running_house(tmp_path / f"house{number}", unfenced=True) as house:
+            chaos = Chaos(house)
+            house.lay("extract", "renamed", "stop")
+            house.submit(force=True)
+            if not commits_twice(house, chaos):
+                continue
+            with pytest.raises(AssertionError, match="committed twice"):
+                chaos.assert_kept()
+            return
+    pytest.fail(f"no sleeper of {HOUSES} houses committed what another had committed")
 
-        def wakes_and_commits() -> bool:
-            house.wake_the_stopped()
-            return bool(chaos.committed_twice())
 
-        house.wait_until(wakes_and_commits, "the sleeper commits what another has committed")
-        with pytest.raises(AssertionError, match="committed twice"):
-            chaos.assert_kept()
+def commits_twice(house: House, chaos: Chaos) -> bool:
+    """Whether a chunk is committed twice within a minute, with all sleepers woken."""
+
+    def wakes_and_commits() -> bool:
+        house.wake_the_stopped()
+        return bool(chaos.committed_twice())
+
+    try:
+        return house.wait_until(wakes_and_commits, "the sleeper commits what another has committed", 60)
+    except HouseError:
+        return False
