@@ -128,7 +128,9 @@ class House:
         own |= {
             f"{PREFIX}WORKER_DATABASE_URL": self.urls["worker"],
             f"{PREFIX}BROKER_URL": self.valkey.url(),
-            "PYTHONPATH": os.pathsep.join([str(HOOKS), str(PROJECT)]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(HOOKS), str(PROJECT), *filter(None, [os.getenv("PYTHONPATH")])]
+            ),
             "OMP_NUM_THREADS": "1",
             traps.FOLDER: str(self.traps),
         }
