@@ -68,6 +68,7 @@ SCHEMA = [
     "UPDATE stages SET queue = 'mine'",
     "UPDATE inputs SET sha256 = repeat('a', 64)",
     "UPDATE inputs SET compression = 'gzip'",
+    "UPDATE setbacks SET error = 'nothing'",
 ]
 """What neither the DAG nor a worker may do."""
 
