@@ -52,6 +52,25 @@ def list_gpus() -> list[Gpu]:
         pynvml.nvmlShutdown()
 
 
+def memory_in_use() -> dict[str, tuple[int, int]]:
+    """Bytes in use and in all of each of the host's GPUs, by UUID, MIG instances too; empty without a driver."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return {}
+    try:
+        found = {}
+        for gpu in list_gpus():
+            try:
+                memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid))
+            except pynvml.NVMLError:
+                continue  # this one does not tell; the others may
+            found[gpu.uuid] = (int(memory.used), int(memory.total))
+        return found
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def _mig_uuids(device: object) -> list[str]:
     try:
         enabled, _ = pynvml.nvmlDeviceGetMigMode(device)
