@@ -168,13 +168,13 @@ def worker_metrics(workers: Iterable[WorkerOverview]) -> Iterator[Metric]:
     """What each live worker and its GPU do."""
     info = InfoMetricFamily(PREFIX + "worker", "The live workers.", labels=["node"])
     by_node = {worker.node: worker for worker in workers}
-    held: dict[str, float] = dict.fromkeys(by_node, 0.0)
-    for worker in workers:  # one that writes a chunk while it computes the next is there twice
-        held[worker.node] = max(held[worker.node], worker.chunk_seconds or 0.0)
+    held = {node: worker.lease_seconds or 0.0 for node, worker in by_node.items()}
     for node, worker in by_node.items():
         info.add_metric([node], {"queue": worker.queue, "host": worker.host, "device": worker.device})
     yield info
-    yield gauge("lease_seconds", "How long a worker has held its chunk; 0 without one.", held, "node")
+    yield gauge(
+        "lease_seconds", "How long a worker has held the oldest of its chunks; 0 without one.", held, "node"
+    )
     for name, text, attribute in (
         ("worker_heartbeat_age_seconds", "Age of a worker's last heartbeat.", "heartbeat_seconds"),
         (

@@ -33,7 +33,7 @@ from virnucpro_core.ledger.queries import (
     get_job,
     submissions_of,
 )
-from virnucpro_core.ledger.transitions import EXTRACT, MATRIX, MERGE, VALIDATE
+from virnucpro_core.ledger.transitions import EXPORT, EXTRACT, MATRIX, MERGE, VALIDATE
 from virnucpro_core.ledger.work import NewArtifact, Result, Work
 from virnucpro_core.roots import open_below
 from virnucpro_core.sequences.fasta import parse_records
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-EXPORT, MERGED, FAILURES, MANIFEST = "export", "merged", "failures", "manifest"
-"""Kinds of artifacts, beside MATRIX."""
+MERGED, FAILURES, MANIFEST = "merged", "failures", "manifest"
+"""Kinds of artifacts, beside MATRIX and EXPORT."""
 
 RESULT_NAME = "result.safetensors"
 

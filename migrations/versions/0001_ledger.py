@@ -1,4 +1,4 @@
-"""The ledger: models, inputs, submissions, jobs, chunks, failures, artifacts, workers, tallies, waiters,
+"""The ledger: models, inputs, submissions, jobs, chunks, setbacks, failures, artifacts, workers, tallies, waiters,
 outbox, rejections.
 
 Revision ID: 0001
@@ -30,6 +30,7 @@ GRANTS = {
         "GRANT UPDATE (embeddings, failed, truncated, unknown, tokens, seconds) ON chunks",
         "GRANT INSERT, UPDATE, DELETE ON outbox, waiters",
         "GRANT DELETE ON artifacts, failures",
+        "GRANT INSERT, DELETE ON setbacks",
     ],
     "virnucpro_worker": [
         "GRANT SELECT ON ALL TABLES IN SCHEMA public",
@@ -38,6 +39,7 @@ GRANTS = {
         "GRANT INSERT, UPDATE ON rejections",
         "GRANT INSERT, UPDATE ON workers, tallies",
         "GRANT INSERT, UPDATE, DELETE ON chunks, outbox, artifacts, failures",
+        "GRANT INSERT, DELETE ON setbacks",
         "GRANT USAGE ON SEQUENCE lease_tokens",
     ],
 }
@@ -346,6 +348,38 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("job_id", "generation", "record", name=op.f("pk_failures")),
     )
     op.create_table(
+        "setbacks",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("job_id", sa.BigInteger(), nullable=False),
+        sa.Column("generation", sa.BigInteger(), nullable=False),
+        sa.Column("stage", sa.Text(), nullable=False),
+        sa.Column("chunk_id", sa.BigInteger(), nullable=False),
+        sa.Column("first_record", sa.BigInteger(), nullable=False),
+        sa.Column("records", sa.BigInteger(), nullable=False),
+        sa.Column("attempt", sa.BigInteger(), nullable=False),
+        sa.Column("worker_id", sa.BigInteger(), nullable=False),
+        sa.Column("claimed_at", postgresql.TIMESTAMP(timezone=True), nullable=False),
+        sa.Column(
+            "ended_at", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False
+        ),
+        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("error", sa.Text(), nullable=False),
+        sa.CheckConstraint(
+            "kind IN ('failed', 'died', 'halved', 'handed_back', 'cancelled', 'lost')",
+            name=op.f("ck_setbacks_kind_known"),
+        ),
+        sa.CheckConstraint(
+            "first_record >= 1 AND records >= 1 AND attempt >= 1", name=op.f("ck_setbacks_range_not_empty")
+        ),
+        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_setbacks_job_id"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(["stage"], ["stages.name"], name=op.f("fk_setbacks_stage")),
+        sa.ForeignKeyConstraint(["worker_id"], ["workers.id"], name=op.f("fk_setbacks_worker_id")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_setbacks")),
+    )
+    op.create_index(
+        "ix_setbacks_job", "setbacks", ["job_id", "generation", "stage", "first_record"], unique=False
+    )
+    op.create_table(
         "submissions",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
         sa.Column("job_id", sa.BigInteger(), nullable=False),
@@ -447,6 +481,7 @@ def downgrade() -> None:
         "waiters",
         "artifacts",
         "failures",
+        "setbacks",
         "chunks",
         "submissions",
         "jobs",

@@ -69,6 +69,7 @@ SCHEMA = [
     "UPDATE inputs SET sha256 = repeat('a', 64)",
     "UPDATE inputs SET compression = 'gzip'",
     "DELETE FROM tallies",
+    "UPDATE setbacks SET error = 'nothing'",
 ]
 """What neither the DAG nor a worker may do."""
 

@@ -58,9 +58,23 @@ def status(
     job: Annotated[
         int | None, typer.Argument(metavar="JOB", help="A job's number.", show_default="the newest 50 jobs")
     ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", help="Show jobs, workers and failures live, until Ctrl-C. Not on a terminal: once."
+        ),
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks of --watch.")] = 2.0,
     as_json: AsJson = False,
 ) -> None:
-    """Show the newest jobs, or all that is known of one."""
+    """Show the newest jobs, or all that is known of one; with --watch, live."""
+    if watch:
+        from virnucpro_core.cli.watch import watch as watch_jobs
+
+        if as_json:
+            raise typer.BadParameter("--watch is for people: leave --json out, or --watch")
+        watch_jobs(job, every)
+        return
     from virnucpro_core.ledger.database import in_transaction
     from virnucpro_core.ledger.queries import list_jobs, live_workers
     from virnucpro_core.reports import report_job

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import Connection, text
 
 from virnucpro_core.errors import JobError
+from virnucpro_core.ledger.setbacks import SetbackKind, note_setbacks
 from virnucpro_core.ledger.transitions import (
     EXTRACT,
     MATRIX,
@@ -21,6 +22,8 @@ from virnucpro_core.ledger.transitions import (
 )
 from virnucpro_core.ledger.work import Resumed
 from virnucpro_core.sequences.chunks import ChunkRange
+
+LOST_ARTIFACT = "its artifact was lost"
 
 
 def enter_chunks(tx: Connection, job_id: int, chunks: Sequence[ChunkRange]) -> None:
@@ -220,14 +223,16 @@ def reset_lost_chunks(tx: Connection, job_id: int) -> int:
             for chunk in lost
         ],
     )
+    chunks = [chunk.id for chunk in lost]
+    note_setbacks(tx, chunks, SetbackKind.LOST, LOST_ARTIFACT)
     tx.execute(
         text("""
             UPDATE chunks
                SET state = 'pending', attempts = 0, deaths = 0, finished_at = NULL, embeddings = NULL, failed = NULL,
-                   truncated = 0, unknown = 0, tokens = 0, seconds = NULL, error = 'its artifact was lost'
+                   truncated = 0, unknown = 0, tokens = 0, seconds = NULL, error = :error
              WHERE id = ANY(:chunks)
         """),
-        {"chunks": [chunk.id for chunk in lost]},
+        {"chunks": chunks, "error": LOST_ARTIFACT},
     )
     tx.execute(
         text("""
@@ -273,11 +278,16 @@ def cancel(tx: Connection, job_id: int, *, by: str) -> None:
     tx.execute(
         text("UPDATE jobs SET state = 'cancelled', finished_at = now() WHERE id = :job"), {"job": job_id}
     )
+    why = f"cancelled by {by}"
+    held = tx.execute(
+        text("SELECT id FROM chunks WHERE job_id = :job AND state = 'running'"), {"job": job_id}
+    ).scalars()
+    note_setbacks(tx, held.all(), SetbackKind.CANCELLED, why)
     tx.execute(
         text("""
             UPDATE chunks SET state = 'pending', lease_token = NULL, attempts = attempts - 1, error = :error
              WHERE job_id = :job AND state = 'running'
         """),
-        {"job": job_id, "error": f"cancelled by {by}"},
+        {"job": job_id, "error": why},
     )
     withdraw_messages(tx, job_id)

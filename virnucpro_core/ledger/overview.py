@@ -19,8 +19,8 @@ class JobOverview:
         stem: what its first submission calls the result.
         records, embeddings, failed: records in all, embedded so far, failed so far.
         residues, residues_done: residues in all, and in the extract chunks that are done.
-        residues_per_second: over the last 32 chunks that were done, by the clock on the wall, all workers together;
-            None before the first, and once extraction is over.
+        residues_per_second: over the last 32 chunks that were done within an hour, by the clock on the wall, all
+            workers together; None without one, and once extraction is over.
         seconds_left: of extraction at that rate; None where there is no rate.
         setback: how the newest failed attempt of a chunk that waits ended, None if all is well.
     """
@@ -48,11 +48,12 @@ class JobOverview:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOverview:
-    """One live worker, and the chunk that it holds, if any.
+    """One live worker, and the chunk that it works on: the newest that it holds, as it writes one while it computes.
 
     Attributes:
         heartbeat_seconds, progress_seconds: ages of its last heartbeat, and of its last sign of progress.
-        chunk_seconds: for how long it has held its chunk.
+        chunk_seconds: for how long it has held that chunk.
+        lease_seconds: for how long it has held the oldest of its chunks.
         tokens_per_second: while it computed the last chunk that it did; None before that.
         gpu_utilization: share of the last moments in which its GPU computed anything; None where nobody can tell.
         gpu_memory_used, gpu_memory_total: of its GPU, in bytes, whoever uses it; None on a CPU.
@@ -71,6 +72,7 @@ class WorkerOverview:
     ordinal: int | None
     chunks_total: int | None
     chunk_seconds: float | None
+    lease_seconds: float | None
     tokens_per_second: float | None
     gpu_utilization: float | None
     gpu_memory_used: int | None
@@ -97,12 +99,17 @@ def list_job_overviews(
                     WHERE c.job_id = j.id AND c.stage = 'extract' AND c.state = 'done') done
                 ON j.stage = 'extract'
               LEFT JOIN LATERAL (
-                   SELECT sum(last.residues) AS residues,
-                          extract(epoch FROM max(last.finished_at) - min(last.claimed_at)) AS seconds
-                     FROM (SELECT c.residues, c.claimed_at, c.finished_at FROM chunks c
+                   -- From the end of the chunk before them: what a slow worker began long ago must not count.
+                   SELECT sum(last.residues) FILTER (WHERE last.place <= :recent) AS residues,
+                          extract(epoch FROM max(last.finished_at)
+                                  - CASE WHEN count(*) > :recent THEN min(last.finished_at)
+                                         ELSE min(last.claimed_at) END) AS seconds
+                     FROM (SELECT c.residues, c.claimed_at, c.finished_at,
+                                  row_number() OVER (ORDER BY c.finished_at DESC, c.id DESC) AS place
+                             FROM chunks c
                             WHERE c.job_id = j.id AND c.stage = 'extract' AND c.state = 'done'
                               AND c.finished_at > now() - interval '1 hour'
-                            ORDER BY c.finished_at DESC LIMIT :recent) last) recent
+                            ORDER BY c.finished_at DESC, c.id DESC LIMIT :window) last) recent
                 ON j.state = 'running' AND j.stage = 'extract'
               LEFT JOIN LATERAL (
                    SELECT c.error FROM chunks c
@@ -112,7 +119,7 @@ def list_job_overviews(
              WHERE (CAST(:job AS bigint) IS NULL OR j.id = :job) AND (CAST(:state AS text) IS NULL OR j.state = :state)
              ORDER BY j.id DESC LIMIT :limit
         """),
-        {"recent": RECENT_CHUNKS, "job": job_id, "state": state, "limit": limit},
+        {"recent": RECENT_CHUNKS, "window": RECENT_CHUNKS + 1, "job": job_id, "state": state, "limit": limit},
     )
     overviews = []
     for row in rows:
@@ -129,7 +136,7 @@ def list_job_overviews(
 
 
 def list_worker_overviews(tx: Connection) -> Sequence[WorkerOverview]:
-    """The live workers by node. One that writes a chunk while it computes the next is there with each of them."""
+    """The live workers by node."""
     rows = tx.execute(
         text("""
             SELECT w.id, w.node, w.queue, w.host, w.device, w.gpu_utilization, w.gpu_memory_used,
@@ -138,14 +145,52 @@ def list_worker_overviews(tx: Connection) -> Sequence[WorkerOverview]:
                    CAST(extract(epoch FROM now() - w.progress_at) AS float) AS progress_seconds,
                    c.job_id, c.stage, c.ordinal, j.chunks_total,
                    CAST(extract(epoch FROM now() - c.claimed_at) AS float) AS chunk_seconds,
+                   CAST(extract(epoch FROM now() - c.held_since) AS float) AS lease_seconds,
                    last.tokens_per_second
               FROM workers w
               LEFT JOIN LATERAL (SELECT d.tokens / nullif(d.seconds, 0) AS tokens_per_second FROM chunks d
                                   WHERE d.worker_id = w.id AND d.state = 'done' AND d.stage = 'extract'
                                   ORDER BY d.finished_at DESC LIMIT 1) last ON true
-              LEFT JOIN chunks c ON c.worker_id = w.id AND c.state = 'running'
+              LEFT JOIN LATERAL (
+                   SELECT h.job_id, h.stage, h.ordinal, h.claimed_at, min(h.claimed_at) OVER () AS held_since
+                     FROM chunks h
+                    WHERE h.worker_id = w.id AND h.state = 'running'
+                    ORDER BY h.claimed_at DESC, h.lease_token DESC LIMIT 1) c ON true
               LEFT JOIN jobs j ON j.id = c.job_id
              WHERE w.state = 'live' ORDER BY w.node
         """)
     )
     return [WorkerOverview(**row._asdict()) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class RecentFailure:
+    """A record without an embedding, and when its chunk was done."""
+
+    job: int
+    record: int
+    id: str
+    reason: str
+    detail: str
+    finished_at: datetime
+
+
+def list_newest_failures(tx: Connection, limit: int, *, job_id: int | None = None) -> list[RecentFailure]:
+    """The failures of the chunks that were done last, the newest first, of all jobs or of one."""
+    rows = tx.execute(
+        text("""
+            SELECT f.job_id, f.record, f.record_id, f.reason, f.detail, c.finished_at
+              FROM (SELECT c.*, j.generation FROM chunks c JOIN jobs j ON j.id = c.job_id
+                     WHERE c.stage = 'extract' AND c.failed > 0
+                       AND (CAST(:job AS bigint) IS NULL OR c.job_id = :job)
+                     ORDER BY c.finished_at DESC LIMIT :limit) c
+              CROSS JOIN LATERAL (
+                   SELECT * FROM failures f
+                    WHERE f.job_id = c.job_id AND f.generation = c.generation
+                      AND f.record BETWEEN c.first_record AND c.first_record + c.records - 1
+                    ORDER BY f.record DESC LIMIT :limit) f
+             ORDER BY c.finished_at DESC, f.record DESC LIMIT :limit
+        """),
+        {"job": job_id, "limit": limit},
+    )
+    return [RecentFailure(*row) for row in rows]

@@ -104,6 +104,6 @@ def mark_published(tx: Connection, submissions: Sequence[int], generation: int) 
 
 def forget_older_generations(tx: Connection, job_id: int) -> None:
     """Delete what generations before the one that succeeded left in the ledger; their files go by a sweep."""
-    for table in (tables.Artifact, tables.FailureRow):
+    for table in (tables.Artifact, tables.FailureRow, tables.Setback):
         older = select(tables.Job.generation).where(tables.Job.id == job_id).scalar_subquery()
         tx.execute(delete(table).where(table.job_id == job_id, table.generation < older))

@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, text
 
 from virnucpro_core.ledger.jobs import enqueue_pending, insert_chunks
+from virnucpro_core.ledger.setbacks import SetbackKind, note_setbacks
 from virnucpro_core.ledger.transitions import EXTRACT, enqueue, fail_job, lock_job, stale
 from virnucpro_core.ledger.work import Claim
 from virnucpro_core.sequences.chunks import ChunkRange
@@ -73,6 +74,7 @@ def note_death(tx: Connection, chunk: Row[Any], reason: str, *, max_attempts: in
     elif count_suspects(tx, chunk.job_id) >= MOST_SUSPECTS:
         hopeless = f"{MOST_SUSPECTS} other chunks wait that were the last of a worker: look at the workers"
     state = "failed" if hopeless else "pending"
+    note_setbacks(tx, [chunk.id], SetbackKind.DIED, reason, token=chunk.lease_token)
     tx.execute(
         text("""
             UPDATE chunks
@@ -109,6 +111,8 @@ def split(tx: Connection, claim: Claim, halves: Sequence[ChunkRange]) -> None:
         StaleLeaseError: if the lease has passed to somebody else; nothing is changed.
     """
     job = lock_job(tx, claim.work.job_id)
+    why = f"{claim.deaths} workers died of it: its halves are computed in its place"
+    note_setbacks(tx, [claim.work.chunk_id], SetbackKind.HALVED, why, token=claim.token)
     gone = tx.execute(
         text("DELETE FROM chunks WHERE id = :chunk AND lease_token = :token"),
         {"chunk": claim.work.chunk_id, "token": claim.token},

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from virnucpro_core.failures import FailureReason
 from virnucpro_core.ledger.base import NOW, Base, hex64, one_of
 from virnucpro_core.ledger.rejections import RejectionReason
+from virnucpro_core.ledger.setbacks import SetbackKind
 
 LEASE_TOKENS = Sequence("lease_tokens", metadata=Base.metadata)
 
@@ -255,6 +256,34 @@ class Chunk(Base):
     unknown: Mapped[int] = mapped_column(server_default="0")
     tokens: Mapped[int] = mapped_column(server_default="0")
     seconds: Mapped[float | None]
+
+
+class Setback(Base):
+    """An attempt on a chunk that came to nothing, or whose result was lost. One that ended well is its chunk's row.
+
+    It outlives its chunk, which may be halved: what it was about is the range of records.
+    """
+
+    __tablename__ = "setbacks"
+    __table_args__ = (
+        one_of("kind", *SetbackKind),
+        CheckConstraint("first_record >= 1 AND records >= 1 AND attempt >= 1", name="range_not_empty"),
+        Index("ix_setbacks_job", "job_id", "generation", "stage", "first_record"),
+    )
+
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    generation: Mapped[int]
+    stage: Mapped[str] = mapped_column(ForeignKey("stages.name"))
+    chunk_id: Mapped[int]
+    first_record: Mapped[int]
+    records: Mapped[int]
+    attempt: Mapped[int]
+    worker_id: Mapped[int] = mapped_column(ForeignKey("workers.id"))
+    claimed_at: Mapped[datetime]
+    ended_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    kind: Mapped[str]
+    error: Mapped[str]
 
 
 class FailureRow(Base):

@@ -21,6 +21,7 @@ from virnucpro_core.ledger.results import (
     replace_artifacts,
     replace_failures,
 )
+from virnucpro_core.ledger.setbacks import SetbackKind, note_setbacks
 from virnucpro_core.ledger.tallies import count_commit
 from virnucpro_core.ledger.work import Claim, Result, Work
 from virnucpro_core.recipe import Recipe
@@ -31,6 +32,8 @@ OUTBOX_CHANNEL = "virnucpro_outbox"
 EXTRACT, MERGE, VALIDATE = "extract", "merge", "validate"
 MATRIX = "matrix"
 """The kind of artifact that holds rows of embeddings: a chunk's, or all of a job's once they are merged."""
+EXPORT = "export"
+"""The kind that people load, after publication; in order, where there are several."""
 
 DESCRIBE = text("""
     SELECT c.id, c.job_id, c.stage, c.ordinal, c.byte_start, c.byte_end, c.virtual_start, c.first_record, c.records,
@@ -240,6 +243,7 @@ def fail(tx: Connection, claim: Claim, error: str, *, max_attempts: int, permane
         StaleLeaseError: if the lease has passed to somebody else.
     """
     lock_job(tx, claim.work.job_id)
+    note_setbacks(tx, [claim.work.chunk_id], SetbackKind.FAILED, error, token=claim.token)
     lease = {"chunk": claim.work.chunk_id, "token": claim.token, "error": error}
     if permanent or claim.attempt - claim.deaths >= max_attempts:
         if tx.execute(GIVE_UP, lease).rowcount == 0:

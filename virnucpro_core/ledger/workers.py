@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, text
 
 from virnucpro_core.gpus import GpuUse
+from virnucpro_core.ledger.setbacks import SetbackKind, note_setbacks
 from virnucpro_core.ledger.suspects import note_death
 from virnucpro_core.ledger.transitions import enqueue, lock_job
 
@@ -99,6 +100,7 @@ def retire_worker(tx: Connection, worker_id: int) -> list[Recovered]:
     )
     freed = []
     for chunk in lock_held(tx, worker_id):
+        note_setbacks(tx, [chunk.id], SetbackKind.HANDED_BACK, "its worker was stopped")
         tx.execute(
             text(
                 "UPDATE chunks SET state = 'pending', attempts = attempts - 1, lease_token = NULL WHERE id = :id"

@@ -1,0 +1,364 @@
+"""Stories: what became of one record, told from the ledger and from the files that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Connection, Engine, Row, text
+
+from virnucpro_core.errors import ArtifactError, InputError, JobError
+from virnucpro_core.failures import Failure, FailureReason
+from virnucpro_core.features.matrices import Matrix, open_matrix
+from virnucpro_core.ledger.database import in_transaction
+from virnucpro_core.ledger.queries import (
+    ArtifactRow,
+    SubmissionRow,
+    artifacts_of,
+    chunk_ranges,
+    get_job,
+    submissions_of,
+)
+from virnucpro_core.ledger.setbacks import Attempt, attempts_on
+from virnucpro_core.ledger.transitions import EXPORT, EXTRACT, MATRIX, MERGE
+from virnucpro_core.roots import resolve_below
+from virnucpro_core.sequences.chunks import ChunkRange
+from virnucpro_core.sequences.compression import Compression
+from virnucpro_core.sequences.fasta import RecordBatch, parse_records
+from virnucpro_core.sequences.residues import UNK
+from virnucpro_core.sequences.scan import read_range
+from virnucpro_core.settings import Settings
+
+WHOLE = 1 << 62  # residues: no record is cut
+IDS_AT_ONCE = 100_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordInInput:
+    """A good record as its input has it.
+
+    Attributes:
+        residues: before truncation.
+        computed: residues that are left of them.
+        unknown: how many of those left are letters outside the vocabulary.
+    """
+
+    id: str
+    residues: int
+    computed: int
+    unknown: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where an embedding was published: the file, below the output root, and the row in it, counted from 0."""
+
+    path: str
+    row: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkToday:
+    """The chunk that holds a record today; `number` of how many `chunks` counts from 1.
+
+    Attributes:
+        setback: why it waits, or how its newest attempt failed.
+    """
+
+    id: int
+    number: int
+    chunks: int
+    first_record: int
+    records: int
+    state: str
+    setback: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordStory:
+    """All that is known of one record of a job, in its current generation.
+
+    Attributes:
+        record: its number in the input, counted from 1.
+        id: None if neither the input nor the result can tell it.
+        outcome: `embedded`, `failed` or `waiting`.
+        failure: why it has no embedding.
+        row: its place in the whole result, counted from 0; `places` are the published files with it.
+        in_input: None if the record is bad, or the input cannot be read any more.
+        attempts: on the chunks that held it, oldest first.
+        recipe: what was asked; `execution` is how it was run, None before the first claim.
+        untold: what cannot be told, and why.
+    """
+
+    job: int
+    stem: str
+    job_state: str
+    generation: int
+    record: int
+    id: str | None
+    outcome: str
+    failure: Failure | None
+    row: int | None
+    places: tuple[Place, ...]
+    in_input: RecordInInput | None
+    chunk: ChunkToday
+    attempts: tuple[Attempt, ...]
+    model: str
+    recipe: dict[str, Any]
+    execution: dict[str, Any] | None
+    untold: tuple[str, ...]
+
+
+def find_records(ledger: Engine, settings: Settings, job_id: int, wanted: str) -> list[int]:
+    """The numbers of the records that a person means by a number or an id; several if the id is not unique.
+
+    Digits are a number. Ids are looked up among the failures and in the result; before there is one, in the input.
+
+    Raises:
+        JobError: there is no such job, or no such record in it.
+        InputError: there is no result yet, and the input cannot be read.
+        ArtifactError: there is a result, and it cannot be read.
+    """
+    job = in_transaction(ledger, get_job, job_id)
+    if wanted.isdecimal():
+        if not 1 <= int(wanted) <= job.records:
+            raise JobError(
+                f"job {job_id} has no record {int(wanted)}", todo=f"Its records are 1 to {job.records}."
+            )
+        return [int(wanted)]
+    result = find_result(settings, in_transaction(ledger, artifacts_of, job_id, stage=MERGE))
+    if result is None:
+        found = list(search_input(ledger, settings, job, wanted))
+    else:
+        found = [*in_transaction(ledger, failed_records, job_id, wanted), *search_result(result, wanted)]
+    if not found:
+        raise JobError(
+            f"job {job_id} has no record with the id {wanted!r}",
+            todo="An id is the first word of its header; a record's number will do, too.",
+        )
+    return sorted(found)
+
+
+def find_result(settings: Settings, merged: Sequence[ArtifactRow]) -> Matrix | None:
+    """A job's merged embeddings, once there are any.
+
+    Args:
+        merged: the artifacts of its merge.
+
+    Raises:
+        ArtifactError: they are recorded, and cannot be read.
+        OutsideError: they are recorded as lying elsewhere.
+    """
+    root = settings.output_root.resolve()
+    for row in merged:
+        if row.kind == MATRIX:
+            return open_matrix(resolve_below(root / row.path, [root]))
+    return None
+
+
+def search_result(result: Matrix, wanted: str) -> Iterator[int]:
+    for start in range(0, len(result), IDS_AT_ONCE):
+        for row, found in enumerate(result.ids(start, start + IDS_AT_ONCE), start):
+            if found == wanted:
+                yield int(result.records[row])
+
+
+def search_input(ledger: Engine, settings: Settings, job: Row[Any], wanted: str) -> Iterator[int]:
+    for chunk in in_transaction(ledger, chunk_ranges, job.id):
+        batch = read_records(settings, job, chunk)
+        yield from (batch.first_record + row for row, found in enumerate(batch.ids) if found == wanted)
+
+
+def failed_records(tx: Connection, job_id: int, wanted: str) -> list[int]:
+    rows = tx.execute(
+        text("""
+            SELECT f.record FROM failures f JOIN jobs j ON j.id = f.job_id AND j.generation = f.generation
+             WHERE f.job_id = :job AND f.record_id = :id
+        """),
+        {"job": job_id, "id": wanted},
+    )
+    return list(rows.scalars())
+
+
+def read_records(settings: Settings, job: Row[Any], chunk: ChunkRange) -> RecordBatch:
+    """A chunk's records, as its recipe takes them, but whole.
+
+    Raises:
+        InputError: the input is gone, changed, or outside the folders that inputs are read from.
+    """
+    compression = Compression(job.compression)
+    data = read_range(job.location, compression, chunk, roots=settings.input_folders)
+    return parse_records(
+        data, first_record=chunk.first_record, residues=job.recipe["residues"], truncation=WHOLE
+    )
+
+
+def tell_story(ledger: Engine, settings: Settings, job_id: int, record: int) -> RecordStory:
+    """What became of a record, by its number.
+
+    Raises:
+        JobError: there is no such job.
+    """
+    # Files are read outside of the transaction, which must not wait for slow ones.
+    job, chunk, failure, failures_before, attempts, merged, submissions = in_transaction(
+        ledger, gather, job_id, record
+    )
+    untold = []
+    name, in_input = None, None
+    try:
+        name, in_input = look_up(settings, job, chunk, record)
+    except InputError as error:
+        untold.append(f"what the input says of it: {error}")
+    outcome = "failed" if failure else "embedded" if chunk.state == "done" else "waiting"
+    row = None
+    if outcome == "embedded" and job.stage == EXTRACT and job.chunks_left:
+        untold.append("its row in the result: there is none before all chunks are done")
+    elif outcome == "embedded":
+        row = record - 1 - failures_before
+        try:
+            name = read_id(find_result(settings, merged), row, record) or name
+        except (ArtifactError, InputError) as error:
+            untold.append(f"what the result says of it: {error}")
+    return RecordStory(
+        job=job.id,
+        stem=job.stem,
+        job_state=job.state,
+        generation=job.generation,
+        record=record,
+        id=failure.id if failure else name,
+        outcome=outcome,
+        failure=failure,
+        row=row,
+        places=() if row is None else tuple(find_places(job, merged, submissions, row)),
+        in_input=in_input,
+        chunk=ChunkToday(
+            id=chunk.id,
+            number=chunk.ordinal + 1,
+            chunks=chunk.chunks,
+            first_record=chunk.first_record,
+            records=chunk.records,
+            state=chunk.state,
+            setback=chunk.error,
+        ),
+        attempts=attempts,
+        model=job.model,
+        recipe=job.recipe,
+        execution=job.execution,
+        untold=tuple(untold),
+    )
+
+
+def gather(
+    tx: Connection, job_id: int, record: int
+) -> tuple[
+    Row[Any], Row[Any], Failure | None, int, tuple[Attempt, ...], list[ArtifactRow], list[SubmissionRow]
+]:
+    """What the ledger says: the job, the record's chunk, its failure, how many records before it failed, the
+    attempts, the artifacts of the merge, and the submissions."""
+    job = get_job(tx, job_id)
+    return (
+        job,
+        find_chunk(tx, job_id, record),
+        find_failure(tx, job, record),
+        count_failures_before(tx, job, record),
+        tuple(attempts_on(tx, job_id, EXTRACT, record)),
+        artifacts_of(tx, job_id, stage=MERGE),
+        submissions_of(tx, job_id),
+    )
+
+
+def find_chunk(tx: Connection, job_id: int, record: int) -> Row[Any]:
+    """All columns of the extract chunk that holds a record, and how many `chunks` the job has of that stage."""
+    return tx.execute(
+        text("""
+            SELECT c.*, (SELECT count(*) FROM chunks o WHERE o.job_id = :job AND o.stage = :stage) AS chunks
+              FROM chunks c
+             WHERE c.job_id = :job AND c.stage = :stage
+               AND :record BETWEEN c.first_record AND c.first_record + c.records - 1
+        """),
+        {"job": job_id, "stage": EXTRACT, "record": record},
+    ).one()
+
+
+def find_failure(tx: Connection, job: Row[Any], record: int) -> Failure | None:
+    row = tx.execute(
+        text("""
+            SELECT record, record_id, reason, detail FROM failures
+             WHERE job_id = :job AND generation = :generation AND record = :record
+        """),
+        {"job": job.id, "generation": job.generation, "record": record},
+    ).one_or_none()
+    if row is None:
+        return None
+    return Failure(row.record, row.record_id, FailureReason(row.reason), row.detail)
+
+
+def count_failures_before(tx: Connection, job: Row[Any], record: int) -> int:
+    count: int = tx.execute(
+        text(
+            "SELECT count(*) FROM failures WHERE job_id = :job AND generation = :generation AND record < :record"
+        ),
+        {"job": job.id, "generation": job.generation, "record": record},
+    ).scalar_one()
+    return count
+
+
+def look_up(
+    settings: Settings, job: Row[Any], chunk: Row[Any], record: int
+) -> tuple[str, RecordInInput | None]:
+    """A record's id and, if it is a good one, what else the input says of it."""
+    fields = ChunkRange.__dataclass_fields__
+    batch = read_records(settings, job, ChunkRange(**{name: getattr(chunk, name) for name in fields}))
+    place = record - chunk.first_record
+    name = batch.ids[place]
+    [good] = np.nonzero(batch.rows == place)
+    if not len(good):
+        return name, None
+    start, stop = batch.offsets[good[0]], batch.offsets[good[0] + 1]
+    tokens = batch.tokens[start:stop][: job.recipe["truncation"]]
+    return name, RecordInInput(
+        id=name,
+        residues=int(stop - start),
+        computed=len(tokens),
+        unknown=int(np.count_nonzero(tokens == UNK)),
+    )
+
+
+def read_id(result: Matrix | None, row: int, record: int) -> str | None:
+    """The id of a row of a result, if there is one.
+
+    Raises:
+        ArtifactError: the row holds another record.
+    """
+    if result is None:
+        return None
+    if row >= len(result) or result.records[row] != record:
+        found = f"record {result.records[row]}" if row < len(result) else "nothing"
+        raise ArtifactError(
+            f"row {row} holds {found} where the ledger has record {record}",
+            where=str(result.path),
+            todo="Run `virnucpro verify` on the job.",
+        )
+    return result.ids(row, row + 1)[0]
+
+
+def find_places(
+    job: Row[Any], merged: Sequence[ArtifactRow], submissions: Sequence[SubmissionRow], row: int
+) -> Iterator[Place]:
+    """The published files that hold a row of a job's result."""
+    exports = [made for made in merged if made.kind == EXPORT]
+    within = row
+    for export in exports:
+        if within < export.rows:
+            break
+        within -= export.rows
+    else:
+        return
+    for submission in submissions:
+        if submission.published_generation == job.generation:
+            folder = submission.folder(job.input_sha256, job.recipe_sha256)
+            name = Path(export.path).name.replace("result", f"{submission.stem}_ESM", 1)
+            yield Place(path=f"{folder}/{name}", row=within)
