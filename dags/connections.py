@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -29,6 +30,23 @@ def open_dag_ledger() -> Iterator[Engine]:
         yield ledger
     finally:
         ledger.dispose()
+
+
+@cache
+def share_ledger() -> Engine:
+    """The process's one engine, for a server that answers many requests.
+
+    Raises:
+        ServiceError: it cannot be used, or its schema is not this version's.
+        SettingsError: no database is named.
+    """
+    ledger = open_ledger(load_settings().database_url_for("dag"))
+    try:
+        check_migrated(ledger)
+    except BaseException:
+        ledger.dispose()
+        raise
+    return ledger
 
 
 def share_async_ledger() -> AsyncEngine:

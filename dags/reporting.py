@@ -96,11 +96,11 @@ def sum_up(asked: Sequence[str], reports: Iterable[FileReport]) -> None:
     faults |= {path: "it got no report: see its failed task" for path in asked if path not in told}
     accepted = [report["job"] for path, report in told.items() if path not in faults]
     log.info(
-        "the run is over",
-        files=len(asked),
-        accepted=len(accepted),
-        records=sum(job["records"] for job in accepted),
-        embeddings=sum(job["embeddings"] for job in accepted),
+        "%s of %s files are accepted: %s of %s records embedded",
+        len(accepted),
+        len(asked),
+        sum(job["embeddings"] for job in accepted),
+        sum(job["records"] for job in accepted),
         failures=dict(sum((Counter(job["failures"]) for job in accepted), Counter[str]())),
         truncated=sum(job["truncated"] for job in accepted),
     )

@@ -21,6 +21,8 @@ from airflow.sdk import (
 
 from dags.connections import open_dag_ledger
 from dags.inbox import find_inputs, make_batches, name_batch
+from dags.links import DAG_ID
+from dags.notices import make_deadline, tell_failed
 from dags.reporting import FileReport, log_report, report_file, sum_up
 from dags.waiting import SubmittedFile, WaitForStage
 from virnucpro_core.errors import InputError, JobError, ServiceError
@@ -114,7 +116,7 @@ def find_files(params: dict[str, Any] | None = None) -> list[list[str]]:
     if not files:
         log.info("there is no FASTA file in the inbox: nothing to do", inbox=str(inbox))
     batches = make_batches(files)
-    log.info("files are found", files=len(files), mapped_tasks=len(batches))
+    log.info("%s files are found, for %s mapped tasks", len(files), len(batches), inbox=str(inbox))
     return batches
 
 
@@ -141,7 +143,7 @@ def register(
                     force=params["force"],
                     # Airflow may retry this task, and a person may clear it: once is enough for a run.
                     forced_by=run_id,
-                    requested_by=f"virnucpro_ingest {run_id}",
+                    requested_by=f"{DAG_ID} {run_id}",
                 )
             except InputError as error:
                 log.warning("the file is refused", file=name, error=str(error))
@@ -149,13 +151,13 @@ def register(
                 files.append({"path": name, "job": None, "refused": str(error)})
             else:
                 log.info(
-                    "the file is registered",
+                    "the file is %s: %s records in %s chunks",
+                    "a new job" if job.created else "known",
+                    job.records,
+                    job.chunks,
                     file=name,
                     job=job.job_id,
-                    new=job.created,
                     generation=job.generation,
-                    records=job.records,
-                    chunks=job.chunks,
                 )
                 files.append({"path": name, "job": job.job_id, "refused": ""})
     if len(errors) == len(batch):
@@ -212,7 +214,7 @@ def name_files(files: list[SubmittedFile]) -> str:
 
 
 @dag(
-    dag_id="virnucpro_ingest",
+    dag_id=DAG_ID,
     description="Extracts, merges and validates FastESM2 features of the inbox's FASTA files.",
     doc_md=ABOUT,
     schedule="0 2 * * *",
@@ -220,6 +222,8 @@ def name_files(files: list[SubmittedFile]) -> str:
     max_active_runs=4,
     params=PARAMS,
     default_args=RETRIES,
+    deadline=make_deadline(),
+    on_failure_callback=tell_failed,
     user_defined_macros={"name_batch": name_batch, "name_files": name_files},
     tags=["virnucpro"],
 )

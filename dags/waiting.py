@@ -19,6 +19,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from dags.connections import open_dag_ledger, share_async_ledger
+from dags.links import JobLink
 from virnucpro_core.errors import JobError
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.jobs import resume
@@ -132,6 +133,7 @@ class WaitForStage(BaseOperator):
     """
 
     template_fields = ("files",)
+    operator_extra_links = (JobLink(),)
 
     def __init__(self, *, stage: str, files: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -159,6 +161,16 @@ class WaitForStage(BaseOperator):
             conclude(self.stage, position, progress)
             return
         in_transaction(ledger, enter_waiters, jobs, token)
+        for one in progress:
+            if not is_settled(one, position):
+                log.info(
+                    "%s of %s chunks are done: waiting",
+                    one.chunks_total - one.chunks_left,
+                    one.chunks_total,
+                    job=one.id,
+                    stage=one.stage,
+                    until=self.stage,
+                )
         self.defer(trigger=StageTrigger(jobs, position, token), method_name=self.resume_waiting.__name__)
 
 
@@ -176,16 +188,22 @@ def mend(ledger: Engine, job: int, *, again: bool) -> None:
         log.warning("a file is lost", job=job, path=fault.path, fault=fault.what)
     if not found.lost and not (again and progress.state in ("failed", "cancelled")):
         log.info(
-            "there is nothing to mend", job=job, state=progress.state, stage=progress.stage, files=found.files
+            "all %s files are there: nothing to mend",
+            found.files,
+            job=job,
+            state=progress.state,
+            stage=progress.stage,
         )
         return
     resumed = in_transaction(ledger, resume, job, found.lost)
     log.info(
-        "the job does what is missing or failed",
+        "%s of %s chunks were missing; %s kept",
+        resumed.chunks - resumed.kept,
+        resumed.chunks,
+        resumed.kept,
         job=job,
         was=progress.state,
-        chunks=resumed.chunks,
-        chunks_lost=resumed.lost,
+        files_lost=resumed.lost,
         chunks_to_run=resumed.waiting,
     )
 
@@ -226,16 +244,17 @@ def conclude(stage: str, position: int, progress: Sequence[Progress]) -> None:
     for one in progress:
         if one.has_passed(position):
             log.info(
-                "the stage is done",
-                stage=stage,
+                "%s is done: %s of %s records embedded, %s failed",
+                stage,
+                one.embeddings,
+                one.records,
+                one.failed,
                 job=one.id,
-                records=one.records,
-                embeddings=one.embeddings,
-                failed=one.failed,
+                state=one.state,
             )
         else:
             stopped.append(f"job {one.id} {one.state}" + (f": {one.error}" if one.error else ""))
-            log.error("the stage will not be done", stage=stage, job=one.id, state=one.state, error=one.error)
+            log.error("%s will not be done", stage, job=one.id, state=one.state, error=one.error)
     if len(stopped) == len(progress):
         raise JobError(
             "; ".join(stopped),

@@ -102,6 +102,20 @@ class Settings(BaseSettings):
         False, description="Cancel a job when the last run that waits for it is killed."
     )
 
+    late_hours: float = Field(
+        6.0, gt=0, description="Hours after its logical date that a run is late; somebody is told."
+    )
+    notifier: str | None = Field(
+        None,
+        description="Path of the class of Airflow's that tells people of a run that failed or is late, such as "
+        "airflow.providers.smtp.notifications.smtp.SmtpNotifier; it needs an `async_notify`.",
+    )
+    notifier_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Its arguments as JSON, templates with {{ run_id }} and {{ what }}; secrets belong in an "
+        "Airflow connection that they name.",
+    )
+
     max_expansion: float = Field(
         MAX_EXPANSION,
         ge=1,

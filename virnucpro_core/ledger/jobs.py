@@ -174,12 +174,13 @@ def count_work(tx: Connection, job_id: int, lost: int) -> Resumed:
     counted = tx.execute(
         text("""
             SELECT count(*) FILTER (WHERE c.stage = :extract) AS chunks,
+                   count(*) FILTER (WHERE c.stage = :extract AND c.state = 'done') AS kept,
                    count(*) FILTER (WHERE c.state = 'pending') AS waiting
               FROM chunks c WHERE c.job_id = :job
         """),
         {"job": job_id, "extract": EXTRACT},
     ).one()
-    return Resumed(chunks=counted.chunks, lost=lost, waiting=counted.waiting)
+    return Resumed(chunks=counted.chunks, kept=counted.kept, lost=lost, waiting=counted.waiting)
 
 
 def reset_lost_chunks(tx: Connection, job_id: int) -> int:

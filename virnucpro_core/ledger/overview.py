@@ -81,9 +81,23 @@ class WorkerOverview:
 
 
 def list_job_overviews(
-    tx: Connection, *, limit: int = 50, job_id: int | None = None, state: str | None = None
+    tx: Connection,
+    *,
+    limit: int = 50,
+    job_id: int | None = None,
+    jobs: Sequence[int] | None = None,
+    state: str | None = None,
+    named: str = "",
+    before: int | None = None,
 ) -> list[JobOverview]:
-    """The newest jobs first; one job, or those in one state, if asked."""
+    """The newest jobs first; one job, or some, if asked.
+
+    Args:
+        jobs: only those with these ids.
+        state: only those in this state.
+        named: only those with a submission whose path has this in it, in whatever case.
+        before: only those older than this job.
+    """
     rows = tx.execute(
         text("""
             SELECT j.id, j.model, j.state, j.stage, j.generation, j.chunks_total, j.chunks_left, j.records,
@@ -117,9 +131,22 @@ def list_job_overviews(
                     ORDER BY c.claimed_at DESC LIMIT 1) setback
                 ON j.state = 'running'
              WHERE (CAST(:job AS bigint) IS NULL OR j.id = :job) AND (CAST(:state AS text) IS NULL OR j.state = :state)
+               AND (CAST(:jobs AS bigint[]) IS NULL OR j.id = ANY(:jobs))
+               AND (CAST(:before AS bigint) IS NULL OR j.id < :before)
+               AND (:named = '' OR EXISTS (SELECT 1 FROM submissions s
+                                            WHERE s.job_id = j.id AND position(lower(:named) IN lower(s.path)) > 0))
              ORDER BY j.id DESC LIMIT :limit
         """),
-        {"recent": RECENT_CHUNKS, "window": RECENT_CHUNKS + 1, "job": job_id, "state": state, "limit": limit},
+        {
+            "recent": RECENT_CHUNKS,
+            "window": RECENT_CHUNKS + 1,
+            "job": job_id,
+            "jobs": None if jobs is None else list(jobs),
+            "state": state,
+            "named": named,
+            "before": before,
+            "limit": limit,
+        },
     )
     overviews = []
     for row in rows:

@@ -173,15 +173,23 @@ def chunk_ranges(tx: Connection, job_id: int) -> list[ChunkRange]:
     return [ChunkRange(**row._asdict()) for row in rows]
 
 
-def failures_of(tx: Connection, job_id: int, *, limit: int | None = None) -> Iterator[Failure]:
-    """A job's failures in input order, streamed; the first `limit` of them, if one is given."""
+def failures_of(
+    tx: Connection, job_id: int, *, limit: int | None = None, after: int = 0, reason: str | None = None
+) -> Iterator[Failure]:
+    """A job's failures in input order, streamed; the first `limit` of them, if one is given.
+
+    Args:
+        after: only records with a higher number.
+        reason: only those that failed for it.
+    """
     rows = tx.execute(
         text("""
             SELECT f.record, f.record_id, f.reason, f.detail
               FROM failures f JOIN jobs j ON j.id = f.job_id AND j.generation = f.generation
-             WHERE f.job_id = :job ORDER BY f.record LIMIT :limit
+             WHERE f.job_id = :job AND f.record > :after AND (CAST(:reason AS text) IS NULL OR f.reason = :reason)
+             ORDER BY f.record LIMIT :limit
         """).execution_options(yield_per=1000),
-        {"job": job_id, "limit": limit},
+        {"job": job_id, "limit": limit, "after": after, "reason": reason},
     )
     for row in rows:
         yield Failure(row.record, row.record_id, FailureReason(row.reason), row.detail)

@@ -43,11 +43,13 @@ class Resumed:
 
     Attributes:
         chunks: extract chunks in all.
+        kept: those that are done and stay so.
         lost: those whose artifact was lost and that have to run again.
         waiting: chunks of the current stage that are due to run.
     """
 
     chunks: int
+    kept: int
     lost: int
     waiting: int
 

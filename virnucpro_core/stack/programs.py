@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -91,13 +92,18 @@ def metrics_program(port: int, environment: dict[str, str]) -> Program:
 def common_environment(settings: Settings, gpus: str) -> dict[str, str]:
     """The settings that hold no secret, for every program."""
     plain = {name for name in settings.model_fields_set if not name.endswith("_url")}
-    values = {name: str(getattr(settings, name)) for name in plain}
+    values = {name: write_value(getattr(settings, name)) for name in plain}
     # The programs run in another folder.
     values |= {name: str(Path(getattr(settings, name)).absolute()) for name in FOLDERS}
     values["input_roots"] = os.pathsep.join(str(root.absolute()) for root in settings.input_roots)
     if gpus == "none":
         values.setdefault("dtype", "float32")  # all that a CPU computes
     return {f"{PREFIX}{name.upper()}": value for name, value in values.items()}
+
+
+def write_value(value: object) -> str:
+    """A setting as its variable has it."""
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def url_environment(secrets: Secrets, **urls: str) -> dict[str, str]:
