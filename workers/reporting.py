@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import structlog
 from celery.exceptions import SoftTimeLimitExceeded
@@ -45,6 +46,8 @@ def try_report(
         raise
     except Exception:
         log.exception("report_not_made", job=work.job_id, submission=submission.id)
+        with suppress(OSError):  # what an attempt before this one may have written is recorded nowhere
+            path.unlink()
         return None
     log.info(
         "report_made", job=work.job_id, bytes=written.bytes, seconds=round(time.perf_counter() - started, 3)

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from virnucpro_core.htmlreport.lengths import Lengths
 from virnucpro_core.htmlreport.sampling import Floats, Projection, Sample
@@ -30,7 +31,7 @@ BAR, BEYOND = "#2f6f9f", "#c2703d"
 WIDTH, HEIGHT = 7.2, 2.6  # inches
 DOTS = 130  # per inch, of the parts that are pixels
 BIN_RESIDUES = 32
-NORM_BINS = 60
+MOST_BINS = 60
 LONGEST_NAME = 40  # characters of a worker's name in a legend
 PIXELS_FROM = 400
 """Points from which they are drawn as pixels: a picture's size then does not grow with them."""
@@ -48,6 +49,7 @@ def draw_lengths(lengths: Lengths) -> bytes:
         )
         axes.set_xlabel(f"residues (orange: more than {limit:,}, cut)")
         axes.set_ylabel("records")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         return save(figure)
 
 
@@ -66,7 +68,7 @@ def draw_speed(speed: Speed) -> bytes:
                 baseline=below,
                 fill=True,
                 color=colours(place % 10),
-                label=name.encode("ascii", "backslashreplace").decode()[:LONGEST_NAME],
+                label=name.encode("unicode_escape").decode()[:LONGEST_NAME],
             )
             below = below + rates
         axes.set_xlabel(f"{unit} since the first chunk was begun")
@@ -84,7 +86,9 @@ def draw_norms(sample: Sample) -> bytes:
     low, high = float(sample.norms.min()), float(sample.norms.max())
     margin = max(high - low, 1e-3 * max(high, 1.0)) * 0.02
     with drawing() as (figure, axes):
-        axes.hist(sample.norms, bins=NORM_BINS, range=(low - margin, high + margin), color=BAR)
+        bins = min(MOST_BINS, max(10, len(sample.norms) // 20))
+        axes.hist(sample.norms, bins=bins, range=(low - margin, high + margin), color=BAR)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("Euclidean norm of an embedding")
         axes.set_ylabel("rows")
         return save(figure)
@@ -97,7 +101,7 @@ def draw_projection(projection: Projection, lengths: Lengths | None) -> bytes:
             projection.points[:, 0],
             projection.points[:, 1],
             c=BAR if lengths is None else np.minimum(lengths.sampled, lengths.limit),
-            s=6,
+            s=float(np.clip(8_000 / len(projection.points), 6, 40)),
             linewidths=0,
             cmap=None if lengths is None else "viridis",
             rasterized=len(projection.points) >= PIXELS_FROM,
