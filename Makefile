@@ -15,6 +15,8 @@ SEEDS ?= 20
 export FASTA
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# A file's tests share servers, so a file is one process's; the whole stack's, which come first, take longest.
+IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down lint docs test test-system test-gpu chaos fuzz bench bench-gpu
@@ -62,7 +64,7 @@ docs: $(INSTALLED)
 	$(BIN)/python -m virnucpro_core.cli.reference docs/reference.md
 
 test: lint
-	$(BIN)/pytest -m 'not gpu and not system and not chaos'
+	$(BIN)/pytest $(IN_PARALLEL) -m 'not gpu and not system and not chaos'
 
 test-system: $(INSTALLED)
 	$(BIN)/pytest -m system

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import hypothesis
 import pytest
 import redis
 
@@ -32,6 +33,9 @@ numbers = itertools.count(1)
 
 
 def pytest_configure() -> None:
+    # A busy machine is slow at times; what hangs is found by the timeout.
+    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.load_profile("untimed")
     # A developer's own servers are not for tests.
     for name in [name for name in os.environ if name.startswith(PREFIX)]:
         del os.environ[name]

@@ -1,4 +1,4 @@
-"""GPUs: which ones this host has, and which of them an inherited mask leaves us. Never touches CUDA."""
+"""GPUs: which ones this host has, which of them an inherited mask leaves us, how busy one is. Never touches CUDA."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pynvml
+import structlog
+
+log = structlog.get_logger()
 
 MASK = "CUDA_VISIBLE_DEVICES"
 
@@ -24,6 +27,26 @@ class Gpu:
     uuid: str
     index: int
     parent: str
+
+    @property
+    def name(self) -> str:
+        """What people read: its number, and enough of the UUID to tell instances apart, as in `gpu0-1a2b3c4d`."""
+        return f"gpu{self.index}-{self.uuid.removeprefix('GPU-').removeprefix('MIG-')[:8]}"
+
+
+@dataclass(frozen=True, slots=True)
+class GpuUse:
+    """How busy a GPU is, whoever uses it.
+
+    Attributes:
+        utilization: share of the last moments in which it computed anything; None for a MIG instance, which NVML
+            cannot tell.
+        memory_used, memory_total: in bytes.
+    """
+
+    utilization: float | None
+    memory_used: int
+    memory_total: int
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
@@ -94,3 +117,37 @@ def _is_named(gpu: Gpu, entry: str) -> bool:
     if entry.isdecimal():
         return gpu.index == int(entry)
     return entry.startswith(("GPU-", "MIG-")) and (gpu.uuid.startswith(entry) or gpu.parent.startswith(entry))
+
+
+class GpuMeter:
+    """Asks NVML how busy one GPU is. One that cannot be asked is not asked again.
+
+    Args:
+        uuid: a GPU or a MIG instance; anything else (`cpu`, the number of a GPU) has no meter.
+    """
+
+    def __init__(self, uuid: str) -> None:
+        self.uuid = uuid
+        self.usable = uuid.startswith(("GPU-", "MIG-"))
+        self.handle: object = None
+
+    def read(self) -> GpuUse | None:
+        """How busy it is now; None without an answer."""
+        if not self.usable:
+            return None
+        try:
+            if self.handle is None:
+                pynvml.nvmlInit()
+                self.handle = pynvml.nvmlDeviceGetHandleByUUID(self.uuid)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(self.handle)
+            return GpuUse(self._utilization(), int(memory.used), int(memory.total))
+        except pynvml.NVMLError as error:
+            self.usable = False
+            log.warning("gpu_not_metered", gpu=self.uuid, reason=str(error))
+            return None
+
+    def _utilization(self) -> float | None:
+        try:
+            return float(pynvml.nvmlDeviceGetUtilizationRates(self.handle).gpu) / 100
+        except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_InvalidArgument):
+            return None

@@ -13,6 +13,7 @@ import structlog
 from sqlalchemy import Engine
 
 from virnucpro_core.errors import ServiceError
+from virnucpro_core.gpus import GpuMeter
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.workers import beat, register_worker, retire_worker
 from virnucpro_core.settings import Settings
@@ -33,6 +34,9 @@ class Heartbeat:
     Args:
         count_progress: returns a number that rises while the process gets anything done; None while it has nothing
             to do.
+
+    Attributes:
+        gpu_memory_peak: the most bytes that this process has had of its GPU, as far as it has said so.
     """
 
     def __init__(
@@ -51,6 +55,8 @@ class Heartbeat:
         self.queue = queue
         self.device = device
         self.count_progress = count_progress
+        self.gpu = GpuMeter(device)
+        self.gpu_memory_peak = 0
         self.worker_id: int | None = None
         self.registered = Event()
         self.stopping = Event()
@@ -111,6 +117,8 @@ class Heartbeat:
             worker_id,
             progress=self.count_progress(),
             lease_seconds=self.settings.lease_seconds,
+            gpu=self.gpu.read(),
+            gpu_memory_peak=self.gpu_memory_peak,
         )
         if not alive and not self.stopping.is_set():
             log.error(

@@ -125,7 +125,7 @@ def plan_nodes(gpus: Sequence[Gpu], queues: Iterable[str], lock_folder: Path = L
                 f"there is no queue {queue!r}", where="--queues", todo=f"Name {' and '.join(QUEUES)}."
             )
         if queue == EXTRACT_QUEUE and gpus:
-            nodes.extend(Node(gpu.uuid, queue, gpu.uuid, _lock_gpu(gpu, lock_folder)) for gpu in gpus)
+            nodes.extend(Node(gpu.name, queue, gpu.uuid, _lock_gpu(gpu, lock_folder)) for gpu in gpus)
         else:
             nodes.append(_first_free("cpu" if queue == EXTRACT_QUEUE else FINISH_QUEUE, queue, lock_folder))
     return nodes

@@ -8,7 +8,7 @@ from threading import Event
 from typing import Concatenate, ParamSpec, TypeVar
 
 import structlog
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
 from tenacity import (
     RetryCallState,
     Retrying,
@@ -19,6 +19,9 @@ from tenacity import (
 
 from virnucpro_core.errors import ServiceError
 from virnucpro_core.ledger.database import in_transaction
+from virnucpro_core.ledger.transitions import complete
+from virnucpro_core.ledger.work import Claim
+from workers.stages import Outcome
 
 log = structlog.get_logger()
 
@@ -26,6 +29,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 LONGEST_PAUSE = 5.0  # seconds between attempts to reach the database
+PUBLISH_SECONDS = 600  # that publishing may take where files cannot be linked: the job is locked meanwhile
 
 
 class Persistence:
@@ -58,3 +62,17 @@ class Persistence:
             reraise=True,
         )
         return retrying(partial(in_transaction, self.ledger, function), *args, **kwargs)
+
+
+def commit(tx: Connection, claimed: Claim, outcome: Outcome) -> str:
+    """Complete a chunk and publish what it made, both or neither as far as readers of the ledger can tell.
+
+    Completing comes first: it checks the lease and locks the job, so that nothing of an older generation is
+    published over a newer one.
+    """
+    state = complete(tx, claimed, outcome.result)
+    if outcome.publications:
+        tx.execute(text(f"SET LOCAL idle_in_transaction_session_timeout = '{PUBLISH_SECONDS}s'"))
+    for publication in outcome.publications:
+        publication.publish()
+    return state

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import psutil
 import structlog
 from celery.exceptions import SoftTimeLimitExceeded
-from sqlalchemy import Connection, text
 
 from virnucpro_core.errors import (
     ArtifactError,
@@ -34,13 +33,13 @@ from virnucpro_core.ledger.outbox import send_again
 from virnucpro_core.ledger.queries import live_workers
 from virnucpro_core.ledger.rejections import RejectionReason, count_rejections
 from virnucpro_core.ledger.suspects import break_down, must_be_condemned, must_be_halved, split
+from virnucpro_core.ledger.tallies import count_duplicate
 from virnucpro_core.ledger.transitions import (
     EXTRACT,
     MERGE,
     VALIDATE,
     Declined,
     claim,
-    complete,
     describe,
     fail,
 )
@@ -50,7 +49,7 @@ from virnucpro_core.settings import Settings
 from workers.cleaning import remove_expired, sweep
 from workers.heartbeat import Heartbeat
 from workers.models import ModelKeeper
-from workers.persistence import Persistence
+from workers.persistence import Persistence, commit
 from workers.reading import LookAhead, condemn
 from workers.stages import Outcome, Stage, find_damaged, keep_extraction, merge, validate
 
@@ -68,7 +67,6 @@ PERMANENT = (InputChangedError, MismatchError)
 SEND_AGAIN_SECONDS = 2.0
 OFFER_AGAIN_SECONDS = 10.0  # for a chunk that this process cannot run at all
 FLUSH_SECONDS = 30.0
-PUBLISH_SECONDS = 600  # that publishing may take where files cannot be linked: the job is locked meanwhile
 UNFIT = 71  # exit code of a child that should not go on
 
 
@@ -193,6 +191,7 @@ class WorkerProcess:
                 log.error("record_condemned", chunk=work.title, ids=batch.ids, setback=claimed.setback)
             extraction = extract(batch, model, on_progress=self._count_records)
         if extraction is not None:
+            self.heartbeat.gpu_memory_peak = extraction.peak_bytes
             self._finish_writing()
             self.writing = self.writer.submit(self._write, claimed, extraction)
         if claimed.is_suspect:
@@ -298,12 +297,19 @@ class WorkerProcess:
             yield
         except StaleLeaseError as error:
             log.warning("result_dropped", reason=str(error))
+            self._count_duplicate(claimed)
         except (VirnucproError, SoftTimeLimitExceeded) as error:
             self._fail(claimed, error)
         except Exception as error:
             log.exception("chunk_failed_unexpectedly", chunk=claimed.work.title)
             self._fail(claimed, error, fatal=True)
             raise
+
+    def _count_duplicate(self, claimed: Claim) -> None:
+        try:
+            in_transaction(self.ledger, count_duplicate, claimed)
+        except ServiceError as error:
+            log.warning("duplicate_not_counted", chunk=claimed.work.title, reason=str(error))
 
     def _fail(self, claimed: Claim, error: Exception, *, fatal: bool = False) -> None:
         said = str(error) if isinstance(error, VirnucproError) else f"{type(error).__name__}: {error}"
@@ -330,17 +336,3 @@ class WorkerProcess:
         state = self.persist(commit, claimed, outcome)
         result = outcome.result
         log.info("committed", chunk=claimed.work.title, job_state=state, seconds=round(result.seconds, 3))
-
-
-def commit(tx: Connection, claimed: Claim, outcome: Outcome) -> str:
-    """Complete a chunk and publish what it made, both or neither as far as readers of the ledger can tell.
-
-    Completing comes first: it checks the lease and locks the job, so that nothing of an older generation is
-    published over a newer one.
-    """
-    state = complete(tx, claimed, outcome.result)
-    if outcome.publications:
-        tx.execute(text(f"SET LOCAL idle_in_transaction_session_timeout = '{PUBLISH_SECONDS}s'"))
-    for publication in outcome.publications:
-        publication.publish()
-    return state

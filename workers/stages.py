@@ -91,6 +91,7 @@ def keep_extraction(work: Work, extraction: Extraction, settings: Settings) -> O
             truncated=counts.truncated,
             unknown=counts.unknown,
             tokens=counts.tokens,
+            positions=extraction.positions,
             seconds=extraction.seconds,
             execution=execution,
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
 from celery import Task
-from celery.signals import celeryd_init, worker_process_init, worker_process_shutdown
+from celery.signals import celeryd_init, worker_process_init, worker_process_shutdown, worker_shutting_down
 
 from virnucpro_core.logs import configure_logging
 from virnucpro_core.settings import load_settings
@@ -14,6 +15,9 @@ from virnucpro_core.stack.processes import die_with_parent
 from workers.app import app
 from workers.messages import STAGES, task_name
 from workers.process import WorkerProcess
+from workers.shutdown import bound_shutdown
+
+LAUNCHER = os.getppid()
 
 
 @cache
@@ -26,6 +30,11 @@ def process_of(node: str) -> WorkerProcess:
 @celeryd_init.connect  # type: ignore[untyped-decorator]
 def prepare(**_: Any) -> None:
     configure_logging()
+
+
+@worker_shutting_down.connect  # type: ignore[untyped-decorator]
+def end_in_time(**_: Any) -> None:
+    bound_shutdown(LAUNCHER, load_settings().stuck_seconds)
 
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]

@@ -1,4 +1,5 @@
-"""The ledger: models, inputs, submissions, jobs, chunks, failures, artifacts, workers, waiters, outbox, rejections.
+"""The ledger: models, inputs, submissions, jobs, chunks, failures, artifacts, workers, tallies, waiters,
+outbox, rejections.
 
 Revision ID: 0001
 Revises:
@@ -35,7 +36,7 @@ GRANTS = {
         "GRANT UPDATE ON jobs",
         "GRANT UPDATE (error, published_generation, published_at) ON submissions",
         "GRANT INSERT, UPDATE ON rejections",
-        "GRANT INSERT, UPDATE ON workers",
+        "GRANT INSERT, UPDATE ON workers, tallies",
         "GRANT INSERT, UPDATE, DELETE ON chunks, outbox, artifacts, failures",
         "GRANT USAGE ON SEQUENCE lease_tokens",
     ],
@@ -132,7 +133,13 @@ def upgrade() -> None:
             server_default=sa.text("now()"),
             nullable=False,
         ),
-        sa.CheckConstraint("state IN ('live', 'stuck', 'gone')", name=op.f("ck_workers_state_known")),
+        sa.Column("gpu_utilization", sa.Double(), nullable=True),
+        sa.Column("gpu_memory_used", sa.BigInteger(), nullable=True),
+        sa.Column("gpu_memory_total", sa.BigInteger(), nullable=True),
+        sa.Column("gpu_memory_peak", sa.BigInteger(), nullable=True),
+        sa.CheckConstraint(
+            "state IN ('live', 'stuck', 'silent', 'gone')", name=op.f("ck_workers_state_known")
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_workers")),
     )
     op.create_index(
@@ -146,6 +153,18 @@ def upgrade() -> None:
         "uq_workers_live_node", "workers", ["node"], unique=True, postgresql_where=sa.text("state = 'live'")
     )
     op.create_table(
+        "tallies",
+        sa.Column("worker_id", sa.BigInteger(), nullable=False),
+        sa.Column("stage", sa.Text(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("label", sa.Text(), nullable=False),
+        sa.Column("value", sa.Double(), nullable=False),
+        sa.CheckConstraint("value >= 0", name=op.f("ck_tallies_value_not_negative")),
+        sa.ForeignKeyConstraint(["stage"], ["stages.name"], name=op.f("fk_tallies_stage")),
+        sa.ForeignKeyConstraint(["worker_id"], ["workers.id"], name=op.f("fk_tallies_worker_id")),
+        sa.PrimaryKeyConstraint("worker_id", "stage", "name", "label", name=op.f("pk_tallies")),
+    )
+    op.create_table(
         "jobs",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
         sa.Column("input_sha256", sa.Text(), nullable=False),
@@ -155,6 +174,12 @@ def upgrade() -> None:
         sa.Column("generation", sa.BigInteger(), server_default="1", nullable=False),
         sa.Column("state", sa.Text(), server_default="running", nullable=False),
         sa.Column("stage", sa.Text(), nullable=False),
+        sa.Column(
+            "stage_since",
+            postgresql.TIMESTAMP(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
         sa.Column("chunks_total", sa.BigInteger(), nullable=False),
         sa.Column("chunks_left", sa.BigInteger(), nullable=False),
         sa.Column("records", sa.BigInteger(), nullable=False),
@@ -294,6 +319,16 @@ def upgrade() -> None:
     op.create_index(
         "ix_chunks_suspect", "chunks", ["job_id"], unique=False, postgresql_where=sa.text("deaths > 0")
     )
+    op.create_index(
+        "ix_chunks_failed", "chunks", ["job_id"], unique=False, postgresql_where=sa.text("state = 'failed'")
+    )
+    op.create_index(
+        "ix_chunks_done_by",
+        "chunks",
+        ["worker_id", "finished_at"],
+        unique=False,
+        postgresql_where=sa.text("state = 'done' AND stage = 'extract'"),
+    )
     op.create_table(
         "failures",
         sa.Column("job_id", sa.BigInteger(), nullable=False),
@@ -377,7 +412,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_outbox_delayed",
         "outbox",
-        ["due_at"],
+        ["queue", "due_at"],
         unique=False,
         postgresql_where=sa.text("published_at IS NULL"),
     )
@@ -415,6 +450,7 @@ def downgrade() -> None:
         "chunks",
         "submissions",
         "jobs",
+        "tallies",
         "workers",
         "stages",
         "rejections",

@@ -32,7 +32,7 @@ def test_every_program_runs(stack: RunningStack) -> None:
     states = stack.stack.status()
     assert set(states.values()) == {"RUNNING"}
     assert set(states) == {
-        *("postgres", "valkey", "workers", "relay", "flower"),
+        *("postgres", "valkey", "workers", "relay", "flower", "metrics"),
         *("api-server", "scheduler", "dag-processor", "triggerer"),
     }
 

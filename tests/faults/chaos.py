@@ -174,6 +174,7 @@ class Siege:
         house.start_database()
         house.start_broker()
         house.start_services()
+        house.wake_the_stopped(now=True)
         house.remove_traps()
 
 

@@ -128,7 +128,9 @@ class House:
         own |= {
             f"{PREFIX}WORKER_DATABASE_URL": self.urls["worker"],
             f"{PREFIX}BROKER_URL": self.valkey.url(),
-            "PYTHONPATH": os.pathsep.join([str(HOOKS), str(PROJECT)]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(HOOKS), str(PROJECT), *filter(None, [os.getenv("PYTHONPATH")])]
+            ),
             "OMP_NUM_THREADS": "1",
             traps.FOLDER: str(self.traps),
         }
@@ -274,11 +276,11 @@ class House:
         draft.write_text(action)
         draft.rename(self.traps / f"{queue}.{step}.{next(self.numbers):06d}")
 
-    def wake_the_stopped(self) -> None:
-        """Have those that a trap stopped go on, once their leases have surely run out."""
+    def wake_the_stopped(self, *, now: bool = False) -> None:
+        """Have those that a trap stopped go on, once their leases have surely run out, or now."""
         for sprung in self.traps.glob("sprung-*"):
             slept = time.time() - sprung.stat().st_ctime
-            if sprung.read_text() == "stop" and slept > 1.5 * self.settings.lease_seconds:
+            if sprung.read_text() == "stop" and (now or slept > 1.5 * self.settings.lease_seconds):
                 sprung.unlink()
                 with suppress(ProcessLookupError):
                     os.kill(int(sprung.name.split("-")[1]), signal.SIGCONT)

@@ -3,9 +3,12 @@ once, and nothing is left over. README's table names these tests; `make chaos` r
 
 from __future__ import annotations
 
+import psutil
 import pytest
 
 from tests.faults.chaos import Chaos
+from tests.faults.faults import stop_database
+from tests.faults.house import is_running
 from tests.faults.schedule import KINDS, LAST, Fault
 from tests.faults.traps import STEPS, TRANSACTION_FAULTS
 
@@ -51,6 +54,32 @@ def test_stuck_child_and_orphan_are_given_up(chaos: Chaos) -> None:
         [Fault(20, "trap", "extract.extracting.hang", 0), Fault(60, "trap", "extract.extracting.orphan", 0)]
     )
     assert "made no progress" in chaos.house.read_logs()
+
+
+def test_node_ends_although_launcher_broker_and_database_are_gone(chaos: Chaos) -> None:
+    """Its child hangs, nobody can be asked whether it was given up, and nobody restarts or kills the node."""
+    house = chaos.house
+    house.wait_for_workers()
+    house.lay("extract", "extracting", "hang")
+    house.submit(force=True)
+    (sprung,) = house.wait_until(lambda: list(house.traps.glob("sprung-*")), "a child hangs")
+    node = psutil.Process(int(sprung.name.split("-")[1])).parent()
+    assert node is not None
+    launcher = next(name for name in house.launchers if house.parent(name) == node)
+    family = [node, *node.children()]
+    try:
+        house.broker.kill()
+        stop_database(house.database, "immediate")
+        house.launchers[launcher].kill()
+        _, alive = psutil.wait_procs(family, timeout=house.settings.stuck_seconds + 10)
+        assert [process for process in alive if is_running(process.pid)] == []
+    finally:
+        house.remove_traps()
+        house.start_database()
+        house.start_broker()
+        house.start_services()
+    house.wait_until(chaos.has_ended, "the job ends")
+    chaos.assert_kept()
 
 
 def test_relay_dies_or_sleeps(chaos: Chaos) -> None:

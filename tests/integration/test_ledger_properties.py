@@ -223,9 +223,7 @@ class LedgerMachine(RuleBasedStateMachine):
 def test_the_ledgers_promises_hold_in_any_order_of_events(ledger: Engine) -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         lambda: LedgerMachine(ledger),
-        settings=settings(
-            max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
+        settings=settings(max_examples=40, stateful_step_count=25, suppress_health_check=list(HealthCheck)),
     )
 
 

@@ -68,6 +68,7 @@ SCHEMA = [
     "UPDATE stages SET queue = 'mine'",
     "UPDATE inputs SET sha256 = repeat('a', 64)",
     "UPDATE inputs SET compression = 'gzip'",
+    "DELETE FROM tallies",
 ]
 """What neither the DAG nor a worker may do."""
 
@@ -90,6 +91,8 @@ DAG = [
     "UPDATE failures SET reason = 'oom'",
     "INSERT INTO rejections (reason, messages) VALUES ('task', 1)",
     "UPDATE rejections SET messages = 1",
+    "INSERT INTO tallies SELECT id, 'extract', 'tokens', '', 1 FROM workers",
+    "UPDATE tallies SET value = 0",
 ]
 """What a worker may do, or nobody, and the DAG must not: lease, run, and say what came of it."""
 

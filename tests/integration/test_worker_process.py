@@ -150,7 +150,7 @@ def test_new_child_and_the_reaper_wait_for_no_lock(
         process.heartbeat.wait_for_worker()
         assert reap(pipeline.ledger, pipeline.settings) == []
         states = {row.id: row.state for row in pipeline.rows("SELECT id, state FROM workers")}
-        assert (states[before], states[silent]) == ("gone", "gone")
+        assert (states[before], states[silent]) == ("gone", "silent")
     pipeline.wait_until(
         lambda: reap(pipeline.ledger, pipeline.settings) or chunk_row(pipeline, first).state == "pending"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fasta_files import messy_fasta, read_naively, valid_records, write_records
@@ -144,7 +144,6 @@ def test_tokens_may_be_written_to() -> None:
     assert parse_records(b">a\nMK\n", first_record=1).tokens.flags.writeable
 
 
-@settings(deadline=None)
 @given(valid_records, st.sampled_from([1, 7, 60, 1000]), st.sampled_from(["\n", "\r\n"]), st.booleans())
 def test_valid_records_come_back(
     records: list[tuple[str, str, str]], width: int, line_end: str, final: bool
@@ -169,7 +168,6 @@ def expect_failure(header: bytes, residues: bytes, policy: ResiduePolicy) -> Fai
     return FailureReason.INVALID_RESIDUE if rejected else None
 
 
-@settings(deadline=None)
 @given(messy_fasta, st.sampled_from(["unknown", "strict"]), st.integers(1, 9))
 def test_anything_equals_the_naive_reader(data: bytes, policy: ResiduePolicy, truncation: int) -> None:
     data = b">first " + data

@@ -64,8 +64,8 @@ def test_gpu_that_is_not_there_is_refused() -> None:
 def test_each_gpu_gets_a_node_pinned_by_uuid(plan: Plan) -> None:
     nodes = plan([A, C2], ["extract", "finish"])
     assert [(node.name, node.queue, node.environment()["CUDA_VISIBLE_DEVICES"]) for node in nodes] == [
-        (A.uuid, "extract", A.uuid),
-        (C2.uuid, "extract", C2.uuid),
+        ("gpu0-aaaa1111", "extract", A.uuid),
+        ("gpu2-cccc3332", "extract", C2.uuid),
         ("finish0", "finish", ""),
     ]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import dnaio
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fasta_files import BGZIP_END, compress, messy_fasta, read_naively, valid_records, write_records
@@ -112,7 +112,6 @@ def test_blank_lines_before_the_first_header_belong_to_no_chunk(tmp_path: Path) 
     assert read_chunks(scanned) == [b">a\nMK\n"]
 
 
-@settings(deadline=None)
 @given(
     records=valid_records,
     width=st.sampled_from([7, 60, 1000]),
@@ -152,7 +151,6 @@ def test_scan_read_and_parse_give_what_dnaio_reads(
     assert scanned.residues == len(residues)
 
 
-@settings(deadline=None)
 @given(
     data=messy_fasta,
     chunk_tokens=st.integers(1, 40),

@@ -1,4 +1,4 @@
-"""Commands that run services: `worker`, `relay`, `up`, `down`, `demo`, `db upgrade`."""
+"""Commands that run services: `worker`, `relay`, `metrics`, `up`, `down`, `demo`, `db upgrade`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Annotated
 
 import typer
 
+from virnucpro_core.cli.connections import connect
 from virnucpro_core.cli.output import AsJson, print_facts, print_json, print_note
+from virnucpro_core.logs import configure_logging
 from virnucpro_core.settings import load_settings
+from virnucpro_core.stack.programs import METRICS_PORT
 
 PANEL = "Services"
 
@@ -26,7 +29,7 @@ database = typer.Typer(no_args_is_help=True, help="The ledger's schema.")
 
 
 def add_commands(app: typer.Typer) -> None:
-    for command in (worker, relay, up, down, demo):
+    for command in (worker, relay, metrics, up, down, demo):
         app.command(rich_help_panel=PANEL)(command)
     app.add_typer(database, name="db", rich_help_panel=PANEL)
 
@@ -54,6 +57,24 @@ def relay() -> None:
     become("workers.relay")
 
 
+def metrics(
+    host: Annotated[
+        str, typer.Option(help="The address that it listens on; 0.0.0.0 is all of them.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port that it listens on.")] = METRICS_PORT,
+) -> None:
+    """Serve metrics for Prometheus at /metrics, read from the ledger, until told to stop.
+
+    One serves all hosts: it tells of queues, work, faults, workers and their GPUs, and of the disk that results
+    are written to, as seen from here. It has no login, and shows no names of files or records.
+    """
+    from virnucpro_core.metrics import LedgerCollector, serve
+
+    configure_logging()
+    with connect() as ledger:
+        serve(LedgerCollector(ledger, load_settings().output_root), host=host, port=port)
+
+
 def become(module: str, *arguments: str) -> None:
     """Replace this process by a Python module's: it gets this process's id, signals and exit code."""
     sys.stdout.flush()
@@ -61,7 +82,7 @@ def become(module: str, *arguments: str) -> None:
 
 
 def up(gpus: GpusOption = "all", as_json: AsJson = False) -> None:
-    """Start the whole stack and leave it running: PostgreSQL, Valkey, workers, relay, Airflow, Flower.
+    """Start the whole stack and leave it running: PostgreSQL, Valkey, workers, relay, Airflow, Flower, metrics.
 
     A server whose URL is set is used instead of an embedded one. Data, logs and logins are kept in
     ./.virnucpro; commands that run in the same folder find the stack there.

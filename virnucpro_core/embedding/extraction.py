@@ -70,6 +70,8 @@ class Extraction:
         failures: the records without an embedding, in input order.
         counts: what became of all of them.
         repaired: embeddings that were not finite at first and were computed again, alone and in float32.
+        positions: tokens that the model took in, with padding and what was computed again.
+        peak_bytes: the most memory that this process has had of the GPU; 0 on a CPU.
         execution: how the embeddings were computed.
         input_sha256: of the file, or of the range's bytes, that was read; empty where tokens were given.
         seconds: time that it took.
@@ -81,6 +83,8 @@ class Extraction:
     failures: list[Failure]
     counts: Counts
     repaired: int
+    positions: int
+    peak_bytes: int
     execution: ExecutionClass
     input_sha256: str
     seconds: float
@@ -188,6 +192,8 @@ def embed(
             unknown=batch.unknown,
         ),
         repaired=len(set(run.non_finite) - set(run.faults)),
+        positions=run.positions,
+        peak_bytes=torch.cuda.max_memory_reserved(model.device) if model.device.type == "cuda" else 0,
         execution=model.execution(pack_tokens),
         input_sha256="",
         seconds=time.perf_counter() - started,
@@ -215,6 +221,7 @@ class _Run:
     embeddings: NDArray[np.float32] = field(init=False)
     faults: dict[int, tuple[FailureReason, str]] = field(default_factory=dict)
     non_finite: list[int] = field(default_factory=list)
+    positions: int = 0
 
     def __post_init__(self) -> None:
         self.embeddings = np.empty((len(self.offsets) - 1, EMBEDDING_WIDTH), dtype=np.float32)
@@ -253,6 +260,7 @@ class _Run:
 
     def _recompute(self, index: int, wide: FastEsm) -> None:
         pack = build_pack(self.tokens, self.offsets, np.array([index]))
+        self.positions += len(pack.tokens)
         self.embeddings[index] = wide.embed_pack(pack)[0].cpu().numpy()
         if not np.isfinite(self.embeddings[index]).all():
             self.faults[index] = (FailureReason.NON_FINITE, NOT_FINITE)
@@ -271,6 +279,7 @@ class _Run:
         """Starts one pack, or returns None where memory does not suffice."""
         rows = self._size() if self.model.plan.packed else None
         pack = build_pack(self.tokens, self.offsets, members, rows)
+        self.positions += len(pack.tokens)
         try:
             pooled = self.model.embed_pack(pack)
             if self.model.device.type != "cuda":
@@ -327,6 +336,8 @@ def _join(parts: Sequence[Extraction], input_sha256: str, started: float) -> Ext
             unknown=sum(count.unknown for count in counts),
         ),
         repaired=sum(part.repaired for part in parts),
+        positions=sum(part.positions for part in parts),
+        peak_bytes=max(part.peak_bytes for part in parts),
         execution=parts[0].execution,
         input_sha256=input_sha256,
         seconds=time.perf_counter() - started,

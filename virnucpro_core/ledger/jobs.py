@@ -83,10 +83,10 @@ def begin_generation(
     tx.execute(
         text("""
             UPDATE jobs
-               SET generation = generation + 1, state = 'running', stage = :stage, chunks_total = :chunks,
-                   chunks_left = :chunks, embeddings = 0, failed = 0, truncated = 0, unknown = 0, tokens = 0,
-                   seconds = 0, execution_class = NULL, execution = NULL, error = NULL, finished_at = NULL,
-                   forced_by = :forced_by
+               SET generation = generation + 1, state = 'running', stage = :stage, stage_since = now(),
+                   chunks_total = :chunks, chunks_left = :chunks, embeddings = 0, failed = 0, truncated = 0,
+                   unknown = 0, tokens = 0, seconds = 0, execution_class = NULL, execution = NULL, error = NULL,
+                   finished_at = NULL, forced_by = :forced_by
              WHERE id = :job
         """),
         {"job": job_id, "stage": EXTRACT, "chunks": len(chunks), "forced_by": forced_by},
@@ -232,7 +232,7 @@ def reset_lost_chunks(tx: Connection, job_id: int) -> int:
     tx.execute(
         text("""
             UPDATE jobs j
-               SET state = 'running', stage = :stage, error = NULL, finished_at = NULL,
+               SET state = 'running', stage = :stage, stage_since = now(), error = NULL, finished_at = NULL,
                    chunks_total = c.total, chunks_left = c.unfinished, embeddings = c.embeddings, failed = c.failed,
                    truncated = c.truncated, unknown = c.unknown, tokens = c.tokens, seconds = c.seconds
               FROM (SELECT count(*) AS total, count(*) FILTER (WHERE state <> 'done') AS unfinished,

@@ -135,8 +135,11 @@ def seconds_until_due(tx: Connection, limit: float) -> float:
     """Seconds until a delayed message is due, at most `limit`."""
     seconds: float | None = tx.execute(
         text("""
-            SELECT extract(epoch FROM min(due_at) - now())::float8 FROM outbox
-             WHERE published_at IS NULL AND due_at > now()
+            SELECT extract(epoch FROM min(next.due_at) - now())::float8
+              FROM (SELECT DISTINCT queue FROM stages) q
+             CROSS JOIN LATERAL (SELECT o.due_at FROM outbox o
+                                  WHERE o.queue = q.queue AND o.published_at IS NULL AND o.due_at > now()
+                                  ORDER BY o.due_at LIMIT 1) next
         """)
     ).scalar_one()
     return limit if seconds is None else max(0.0, min(seconds, limit))

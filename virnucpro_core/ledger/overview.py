@@ -53,7 +53,10 @@ class WorkerOverview:
     Attributes:
         heartbeat_seconds, progress_seconds: ages of its last heartbeat, and of its last sign of progress.
         chunk_seconds: for how long it has held its chunk.
-        tokens_per_second: while it computed the last chunk that it did for a job still running; None before that.
+        tokens_per_second: while it computed the last chunk that it did; None before that.
+        gpu_utilization: share of the last moments in which its GPU computed anything; None where nobody can tell.
+        gpu_memory_used, gpu_memory_total: of its GPU, in bytes, whoever uses it; None on a CPU.
+        gpu_memory_peak: the most bytes that the worker itself has had; None on a CPU.
     """
 
     id: int
@@ -69,6 +72,10 @@ class WorkerOverview:
     chunks_total: int | None
     chunk_seconds: float | None
     tokens_per_second: float | None
+    gpu_utilization: float | None
+    gpu_memory_used: int | None
+    gpu_memory_total: int | None
+    gpu_memory_peak: int | None
 
 
 def list_job_overviews(
@@ -122,21 +129,20 @@ def list_job_overviews(
 
 
 def list_worker_overviews(tx: Connection) -> Sequence[WorkerOverview]:
-    """The live workers by node."""
+    """The live workers by node. One that writes a chunk while it computes the next is there with each of them."""
     rows = tx.execute(
         text("""
-            SELECT w.id, w.node, w.queue, w.host, w.device,
+            SELECT w.id, w.node, w.queue, w.host, w.device, w.gpu_utilization, w.gpu_memory_used,
+                   w.gpu_memory_total, w.gpu_memory_peak,
                    CAST(extract(epoch FROM now() - w.heartbeat_at) AS float) AS heartbeat_seconds,
                    CAST(extract(epoch FROM now() - w.progress_at) AS float) AS progress_seconds,
                    c.job_id, c.stage, c.ordinal, j.chunks_total,
                    CAST(extract(epoch FROM now() - c.claimed_at) AS float) AS chunk_seconds,
                    last.tokens_per_second
               FROM workers w
-              LEFT JOIN (SELECT DISTINCT ON (d.worker_id) d.worker_id,
-                                d.tokens / nullif(d.seconds, 0) AS tokens_per_second
-                           FROM chunks d JOIN jobs r ON r.id = d.job_id AND r.state = 'running'
-                          WHERE d.state = 'done' AND d.stage = 'extract'
-                          ORDER BY d.worker_id, d.finished_at DESC) last ON last.worker_id = w.id
+              LEFT JOIN LATERAL (SELECT d.tokens / nullif(d.seconds, 0) AS tokens_per_second FROM chunks d
+                                  WHERE d.worker_id = w.id AND d.state = 'done' AND d.stage = 'extract'
+                                  ORDER BY d.finished_at DESC LIMIT 1) last ON true
               LEFT JOIN chunks c ON c.worker_id = w.id AND c.state = 'running'
               LEFT JOIN jobs j ON j.id = c.job_id
              WHERE w.state = 'live' ORDER BY w.node

@@ -9,56 +9,14 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import (
-    BigInteger,
-    CheckConstraint,
-    ForeignKey,
-    Identity,
-    Index,
-    MetaData,
-    Sequence,
-    Text,
-    UniqueConstraint,
-    func,
-    text,
-)
-from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import CheckConstraint, ForeignKey, Identity, Index, Sequence, UniqueConstraint, text
+from sqlalchemy.orm import Mapped, mapped_column
 
 from virnucpro_core.failures import FailureReason
+from virnucpro_core.ledger.base import NOW, Base, hex64, one_of
 from virnucpro_core.ledger.rejections import RejectionReason
 
-
-class Base(DeclarativeBase):
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(column_0_N_label)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
-    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy's own convention
-        str: Text,
-        int: BigInteger,
-        datetime: TIMESTAMP(timezone=True),
-        dict[str, Any]: JSONB,
-    }
-
-
 LEASE_TOKENS = Sequence("lease_tokens", metadata=Base.metadata)
-
-NOW = func.now()
-
-
-def one_of(column: str, *values: str) -> CheckConstraint:
-    listed = ", ".join(f"'{value}'" for value in values)
-    return CheckConstraint(f"{column} IN ({listed})", name=f"{column}_known")
-
-
-def hex64(column: str) -> CheckConstraint:
-    return CheckConstraint(f"{column} ~ '^[0-9a-f]{{64}}$'", name=f"{column}_is_sha256")
 
 
 class Model(Base):
@@ -108,7 +66,10 @@ class Stage(Base):
 
 
 class Job(Base):
-    """One input under one recipe. Counters cover the current generation; `seconds` adds up what its chunks took."""
+    """One input under one recipe. Counters cover the current generation; `seconds` adds up what its chunks took.
+
+    `stage_since` is when it came to its stage.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -140,6 +101,7 @@ class Job(Base):
     generation: Mapped[int] = mapped_column(server_default="1")
     state: Mapped[str] = mapped_column(server_default="running")
     stage: Mapped[str] = mapped_column(ForeignKey("stages.name"))
+    stage_since: Mapped[datetime] = mapped_column(server_default=NOW)
     chunks_total: Mapped[int]
     chunks_left: Mapped[int]
     records: Mapped[int]
@@ -189,11 +151,15 @@ class Submission(Base):
 
 
 class Worker(Base):
-    """One process that runs chunks. It holds its leases until `lease_expires_at`."""
+    """One process that runs chunks. It holds its leases until `lease_expires_at`.
+
+    `silent` is one whose lease ran out, `stuck` one that made no progress, `gone` one that retired or was replaced.
+    What its GPU said with the last heartbeat is NULL on a CPU.
+    """
 
     __tablename__ = "workers"
     __table_args__ = (
-        one_of("state", "live", "stuck", "gone"),
+        one_of("state", "live", "stuck", "silent", "gone"),
         Index("uq_workers_live_node", "node", unique=True, postgresql_where=text("state = 'live'")),
         Index("ix_workers_lease", "lease_expires_at", postgresql_where=text("state = 'live'")),
     )
@@ -210,6 +176,23 @@ class Worker(Base):
     lease_expires_at: Mapped[datetime]
     progress: Mapped[int] = mapped_column(server_default="0")
     progress_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    gpu_utilization: Mapped[float | None]
+    gpu_memory_used: Mapped[int | None]
+    gpu_memory_total: Mapped[int | None]
+    gpu_memory_peak: Mapped[int | None]
+
+
+class Tally(Base):
+    """How much of something a worker has done. It only rises, whatever becomes of the jobs that it was done for."""
+
+    __tablename__ = "tallies"
+    __table_args__ = (CheckConstraint("value >= 0", name="value_not_negative"),)
+
+    worker_id: Mapped[int] = mapped_column(ForeignKey("workers.id"), primary_key=True)
+    stage: Mapped[str] = mapped_column(ForeignKey("stages.name"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    label: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[float]
 
 
 class Chunk(Base):
@@ -238,6 +221,13 @@ class Chunk(Base):
         CheckConstraint("deaths BETWEEN 0 AND attempts", name="deaths_are_attempts"),
         Index("ix_chunks_worker_id", "worker_id", postgresql_where=text("state = 'running'")),
         Index("ix_chunks_suspect", "job_id", postgresql_where=text("deaths > 0")),
+        Index("ix_chunks_failed", "job_id", postgresql_where=text("state = 'failed'")),
+        Index(
+            "ix_chunks_done_by",
+            "worker_id",
+            "finished_at",
+            postgresql_where=text("state = 'done' AND stage = 'extract'"),
+        ),
     )
 
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
@@ -340,7 +330,7 @@ class Outbox(Base):
     __tablename__ = "outbox"
     __table_args__ = (
         Index("ix_outbox_due", "queue", "chunk_id", postgresql_where=text("published_at IS NULL")),
-        Index("ix_outbox_delayed", "due_at", postgresql_where=text("published_at IS NULL")),
+        Index("ix_outbox_delayed", "queue", "due_at", postgresql_where=text("published_at IS NULL")),
         Index(
             "ix_outbox_published", "queue", "published_at", postgresql_where=text("published_at IS NOT NULL")
         ),

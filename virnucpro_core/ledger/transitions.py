@@ -21,6 +21,7 @@ from virnucpro_core.ledger.results import (
     replace_artifacts,
     replace_failures,
 )
+from virnucpro_core.ledger.tallies import count_commit
 from virnucpro_core.ledger.work import Claim, Result, Work
 from virnucpro_core.recipe import Recipe
 from virnucpro_core.sequences.chunks import ChunkRange
@@ -211,6 +212,7 @@ def complete(tx: Connection, claim: Claim, result: Result) -> str:
     if work.stage == MERGE:
         note_rejections(tx, work.job_id, result.rejected)
     mark_published(tx, result.published, work.generation)
+    count_commit(tx, claim, result)
     chunks_left = tx.execute(
         COUNT_CHUNK,
         {
@@ -298,7 +300,9 @@ def advance(tx: Connection, job_id: int) -> str:
 def begin_stage(tx: Connection, job_id: int, stage: str) -> None:
     """Make the one chunk of a stage that covers the whole input, and the message for it."""
     tx.execute(
-        text("UPDATE jobs SET stage = :stage, chunks_total = 1, chunks_left = 1 WHERE id = :job"),
+        text("""
+            UPDATE jobs SET stage = :stage, stage_since = now(), chunks_total = 1, chunks_left = 1 WHERE id = :job
+        """),
         {"job": job_id, "stage": stage},
     )
     chunk_id = tx.execute(

@@ -127,6 +127,7 @@ class Result:
     """What a chunk's run produced. Later stages carry the job's own counts over.
 
     Attributes:
+        tokens, positions: tokens of the sequences, and those that the model took in, padding and repeats included.
         published: ids of the submissions that have a result now.
         rejected: why a submission's nucleotides were not merged, by the submission's id.
     """
@@ -137,6 +138,7 @@ class Result:
     truncated: int = 0
     unknown: int = 0
     tokens: int = 0
+    positions: int = 0
     seconds: float = 0.0
     execution: dict[str, Any] | None = None
     published: Sequence[int] = ()

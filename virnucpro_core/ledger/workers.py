@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
+from virnucpro_core.gpus import GpuUse
 from virnucpro_core.ledger.suspects import note_death
 from virnucpro_core.ledger.transitions import enqueue, lock_job
 
@@ -49,11 +50,21 @@ def register_worker(
     return worker_id, gone
 
 
-def beat(tx: Connection, worker_id: int, *, progress: int | None, lease_seconds: float) -> bool:
+def beat(
+    tx: Connection,
+    worker_id: int,
+    *,
+    progress: int | None,
+    lease_seconds: float,
+    gpu: GpuUse | None = None,
+    gpu_memory_peak: int = 0,
+) -> bool:
     """Renew all leases of a worker by renewing its own.
 
     Args:
         progress: a number that rises while the worker gets anything done; None while it has nothing to do.
+        gpu: how busy its GPU is, if it has one that can be asked.
+        gpu_memory_peak: the most bytes that it has had of its GPU.
 
     Returns:
         False if the worker has been given up; it must stop, its chunks are in other hands.
@@ -63,10 +74,20 @@ def beat(tx: Connection, worker_id: int, *, progress: int | None, lease_seconds:
             UPDATE workers
                SET heartbeat_at = now(), lease_expires_at = now() + make_interval(secs => :lease),
                    progress_at = CASE WHEN progress = CAST(:progress AS bigint) THEN progress_at ELSE now() END,
-                   progress = coalesce(CAST(:progress AS bigint), progress)
+                   progress = coalesce(CAST(:progress AS bigint), progress),
+                   gpu_utilization = :utilization, gpu_memory_used = :used, gpu_memory_total = :total,
+                   gpu_memory_peak = nullif(:peak, 0)
              WHERE id = :worker AND state = 'live'
         """),
-        {"worker": worker_id, "progress": progress, "lease": lease_seconds},
+        {
+            "worker": worker_id,
+            "progress": progress,
+            "lease": lease_seconds,
+            "utilization": gpu and gpu.utilization,
+            "used": gpu and gpu.memory_used,
+            "total": gpu and gpu.memory_total,
+            "peak": gpu_memory_peak,
+        },
     )
     return renewed.rowcount == 1
 
@@ -97,7 +118,7 @@ def expire_workers(tx: Connection) -> list[int]:
     return list(
         tx.execute(
             text("""
-                UPDATE workers SET state = 'gone'
+                UPDATE workers SET state = 'silent'
                  WHERE id IN (SELECT id FROM workers WHERE state = 'live' AND lease_expires_at < now()
                                  FOR UPDATE SKIP LOCKED)
                 RETURNING id

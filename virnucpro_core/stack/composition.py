@@ -17,18 +17,20 @@ from virnucpro_core.stack.postgres import LedgerUrls, PostgresServer
 from virnucpro_core.stack.processes import LOOPBACK, Secrets, choose_port, write_private
 from virnucpro_core.stack.programs import (
     FLOWER_USER,
+    METRICS_PORT,
     PROJECT,
     airflow_programs,
     celery_programs,
     common_environment,
     flower_program,
+    metrics_program,
     server_programs,
     url_environment,
 )
 from virnucpro_core.stack.supervisor import Program
 from virnucpro_core.stack.valkey import ValkeyServer
 
-PORTS = {"postgres": 55432, "valkey": 56379, "airflow": 8080, "flower": 5555}
+PORTS = {"postgres": 55432, "valkey": 56379, "airflow": 8080, "flower": 5555, "metrics": METRICS_PORT}
 ROLES: tuple[DatabaseRole, ...] = ("owner", "dag", "worker")
 LEDGER_DATABASE = "virnucpro"
 AIRFLOW_DATABASE = "airflow"  # its role's name too
@@ -79,6 +81,7 @@ def compose(settings: Settings, folder: Path, *, gpus: str, fixed_ports: bool) -
     airflow.prepare()
     ledger_urls = choose_ledger_urls(settings, postgres)
     flower_url = f"http://{LOOPBACK}:{ports['flower']}"
+    metrics_url = f"http://{LOOPBACK}:{ports['metrics']}/metrics"
 
     gpus = choose_gpus(gpus)
     common = common_environment(settings, gpus)
@@ -91,9 +94,10 @@ def compose(settings: Settings, folder: Path, *, gpus: str, fixed_ports: bool) -
         *airflow_programs(airflow, common | dag),
         *celery_programs(gpus, common | worker | broker),
         flower_program(folder, ports["flower"], secrets, common | broker),
+        metrics_program(ports["metrics"], common | dag),
     ]
     description = Description(
-        urls={"Airflow": airflow.url, "Flower": flower_url},
+        urls={"Airflow": airflow.url, "Flower": flower_url, "Metrics": metrics_url},
         logins=str(write_logins(folder, secrets, airflow.url, flower_url)),
         environment=common | owner | dag | worker | broker,
     )

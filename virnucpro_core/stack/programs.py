@@ -17,6 +17,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 SERVERS, SERVICES = "servers", "services"
 FOLDERS = ("inbox", "output_root", "model_root")
 FLOWER_USER = "admin"
+METRICS_PORT = 9464
 WORKER_STOP_SECONDS = 60  # a chunk that takes longer is handed back
 
 
@@ -79,6 +80,12 @@ def flower_program(folder: Path, port: int, secrets: Secrets, environment: dict[
     write_private(configuration, f"address = {LOOPBACK!r}\nport = {port}\nbasic_auth = [{login!r}]\n")
     argv = [sys.executable, "-m", "celery", "-A", "workers.app", "flower", f"--conf={configuration}"]
     return Program(name="flower", group=SERVICES, argv=tied_to_parent(argv), environment=environment)
+
+
+def metrics_program(port: int, environment: dict[str, str]) -> Program:
+    """What Prometheus asks, which reads the ledger as the role "dag"."""
+    argv = [sys.executable, "-m", "virnucpro_core.cli", "metrics", "--host", LOOPBACK, "--port", str(port)]
+    return Program(name="metrics", group=SERVICES, argv=tied_to_parent(argv), environment=environment)
 
 
 def common_environment(settings: Settings, gpus: str) -> dict[str, str]:

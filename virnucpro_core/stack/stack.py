@@ -1,4 +1,4 @@
-"""The whole stack as one thing to start and stop: servers, migrations, workers, relay, Airflow, Flower."""
+"""The whole stack as one thing to start and stop: servers, migrations, workers, relay, Airflow, Flower, metrics."""
 
 from __future__ import annotations
 
@@ -122,8 +122,9 @@ class Stack:
             tell("workers")
             self._wait("relay", lambda: self.supervisor.states()["relay"] == "RUNNING")
             self._wait("workers", lambda: has_workers(ledger, started))
-            tell("Flower")
+            tell("Flower and metrics")
             self._wait("flower", lambda: is_answering(f"{parts.description.urls['Flower']}/healthcheck"))
+            self._wait("metrics", lambda: is_answering(parts.description.urls["Metrics"]))
         finally:
             ledger.dispose()
 

@@ -1,0 +1,99 @@
+"""Tallies: what workers have done in all. Unlike a job's counters they never fall, so that rates can be made of them.
+
+Each worker adds to rows of its own: no commit waits for another's. The sum over all workers is what counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+
+from sqlalchemy import Connection, text
+
+from virnucpro_core.ledger.work import Claim, Result
+
+CHUNK_SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, float("inf"))
+"""Upper bounds of the classes that chunks are sorted into by the seconds they took."""
+
+SEQUENCES, EMBEDDED = (
+    "sequences",
+    "embedded",
+)  # labelled by what became of them: this, or the reason of a failure
+RESIDUES, TOKENS, POSITIONS = "residues", "tokens", "positions"
+CHUNKS, SECONDS = "chunks", "seconds"  # chunks are labelled by the upper bound of their class
+DUPLICATES = "duplicates"
+
+ADD = text("""
+    INSERT INTO tallies (worker_id, stage, name, label, value)
+    SELECT :worker, :stage, added.* FROM unnest(CAST(:names AS text[]), CAST(:labels AS text[]),
+                                                CAST(:values AS float8[])) added
+    ON CONFLICT (worker_id, stage, name, label) DO UPDATE SET value = tallies.value + excluded.value
+""")
+
+
+def count_commit(tx: Connection, claim: Claim, result: Result) -> None:
+    """Add what came of a chunk, with its commit."""
+    bound = next(bound for bound in CHUNK_SECONDS if result.seconds <= bound)
+    added = {(CHUNKS, str(bound)): 1.0, (SECONDS, ""): result.seconds}
+    if result.embeddings or result.failures:
+        outcomes = Counter(str(failure.reason) for failure in result.failures)
+        outcomes[EMBEDDED] = result.embeddings
+        added |= {(SEQUENCES, outcome): count for outcome, count in outcomes.items()}
+        added |= {
+            (RESIDUES, ""): claim.work.range.residues,
+            (TOKENS, ""): result.tokens,
+            (POSITIONS, ""): result.positions,
+        }
+    add(tx, claim, added)
+
+
+def count_duplicate(tx: Connection, claim: Claim) -> None:
+    """Add a result that was dropped, as the lease had passed to somebody else."""
+    add(tx, claim, {(DUPLICATES, ""): 1.0})
+
+
+def add(tx: Connection, claim: Claim, added: Mapping[tuple[str, str], float]) -> None:
+    tx.execute(
+        ADD,
+        {
+            "worker": claim.worker_id,
+            "stage": claim.work.stage,
+            "names": [name for name, _ in added],
+            "labels": [label for _, label in added],
+            "values": [float(value) for value in added.values()],  # an array has one type
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Tallies:
+    """The sums over all workers, by stage, name and label."""
+
+    sums: Mapping[tuple[str, str, str], float]
+
+    def total(self, name: str) -> float:
+        """Of a name, whatever the stage and the label."""
+        return sum(value for (_, other, _), value in self.sums.items() if other == name)
+
+    def by_label(self, name: str) -> dict[str, float]:
+        """Of a name, whatever the stage."""
+        found: defaultdict[str, float] = defaultdict(float)
+        for (_, other, label), value in self.sums.items():
+            if other == name:
+                found[label] += value
+        return dict(found)
+
+    def chunk_seconds(self, stage: str) -> tuple[list[tuple[float, float]], float]:
+        """How many of a stage's chunks took at most so many seconds, for each bound; and all their seconds."""
+        classes = [self.sums.get((stage, CHUNKS, str(bound)), 0.0) for bound in CHUNK_SECONDS]
+        return list(zip(CHUNK_SECONDS, accumulate(classes), strict=True)), self.sums.get(
+            (stage, SECONDS, ""), 0.0
+        )
+
+
+def read_tallies(tx: Connection) -> Tallies:
+    """All tallies; reads a few rows for each worker that ever was."""
+    rows = tx.execute(text("SELECT stage, name, label, sum(value) FROM tallies GROUP BY stage, name, label"))
+    return Tallies({(stage, name, label): value for stage, name, label, value in rows})
