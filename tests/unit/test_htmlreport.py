@@ -5,11 +5,9 @@ from __future__ import annotations
 import base64
 import re
 import xml.etree.ElementTree as ET
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
@@ -20,54 +18,20 @@ from hypothesis.extra import numpy as hnp
 from sqlalchemy import Engine
 
 from tests.fasta_files import messy_fasta, read_naively
+from tests.report_contents import FakeMatrix, contents_of, matrix_of, run_of
 from virnucpro_core.errors import ServiceError
-from virnucpro_core.failures import Failure, FailureReason
-from virnucpro_core.features.manifests import ResultFile
 from virnucpro_core.features.matrices import Matrix
 from virnucpro_core.htmlreport import files
-from virnucpro_core.htmlreport.contents import Contents
-from virnucpro_core.htmlreport.lengths import Lengths, count_residues, survey_lengths
+from virnucpro_core.htmlreport.lengths import count_residues, survey_lengths
 from virnucpro_core.htmlreport.page import render
-from virnucpro_core.htmlreport.sampling import SAMPLE_ROWS, Sample, draw_rows, project, take_sample
+from virnucpro_core.htmlreport.sampling import SAMPLE_ROWS, draw_rows, project, take_sample
 from virnucpro_core.htmlreport.speed import LEAST_STEP, MOST_LINES, MOST_STEPS, measure_speed
-from virnucpro_core.ledger.queries import SubmissionRow
-from virnucpro_core.ledger.runs import ChunkRun
 from virnucpro_core.ledger.work import Work
 from virnucpro_core.sequences.chunks import ChunkRange
 from virnucpro_core.settings import Settings
 from workers import reporting
 
 pytestmark = pytest.mark.unit
-
-BEGIN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-HOSTILE = "<script>alert(1)</script>\"'&$x_1$\u202e\x1b"
-
-
-def matrix_of(rows: int, width: int = 8) -> Matrix:
-    """A matrix in memory; every other record of its input failed."""
-    embeddings = np.random.default_rng(1).standard_normal((rows, width)).astype(np.float32)
-    return cast("Matrix", FakeMatrix(np.arange(1, 2 * rows, 2, dtype=np.int64), embeddings))
-
-
-class FakeMatrix(SimpleNamespace):
-    def __init__(self, records: Any, embeddings: Any) -> None:
-        super().__init__(records=records, embeddings=embeddings)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-
-def run_of(node: str, begin: float, seconds: float, tokens: int) -> ChunkRun:
-    started_at = BEGIN + timedelta(seconds=begin)
-    return ChunkRun(
-        node=node,
-        host="host",
-        device="cpu",
-        tokens=tokens,
-        seconds=seconds,
-        started_at=started_at,
-        finished_at=started_at + timedelta(seconds=seconds),
-    )
 
 
 @pytest.mark.parametrize("rows", [0, 1, SAMPLE_ROWS, SAMPLE_ROWS + 1, 300_000, 10_000_000])
@@ -192,59 +156,6 @@ def test_speed_is_spread_over_the_time_that_a_chunk_took() -> None:
     np.testing.assert_allclose(speed.rates["a@h"], [200] * (steps // 2) + [0] * (steps // 2))
     np.testing.assert_allclose(speed.rates["b@h"], [0] * (steps // 2) + [100] * (steps // 2))
     assert measure_speed([]) is None
-
-
-def lengths_of(sample: Sample) -> Lengths:
-    return Lengths(np.arange(1026), 5000, np.arange(len(sample.records)))
-
-
-def contents_of(rows: int = 10, **changes: Any) -> Contents:
-    """Contents in which every text from outside is hostile."""
-    job = SimpleNamespace(
-        id=7,
-        generation=2,
-        state="succeeded",
-        error=None,
-        records=2 * rows,
-        embeddings=rows,
-        failed=rows,
-        truncated=1,
-        unknown=2,
-        tokens=3000,
-        input_residues=4000,
-        input_bytes=5000,
-        input_sha256="a" * 64,
-        recipe_sha256="b" * 64,
-        recipe={"truncation": 1024, "demonstration": False, "dtype": "float32"},
-        model=HOSTILE,
-        execution={"plan": {"name": HOSTILE}},
-    )
-    submission = SubmissionRow(
-        id=3,
-        path=f"/in/{HOSTILE.replace('/', '')}.fasta",
-        stem=HOSTILE,
-        label="",
-        nucleotide_path="",
-        nucleotide_sha256="",
-        requested_by=HOSTILE,
-        max_failed_share=0.05,
-        submitted_at=BEGIN,
-        published_generation=2,
-        error=HOSTILE,
-    )
-    sample = take_sample(matrix_of(rows))
-    contents = Contents(
-        job=cast("Any", job),
-        submission=submission,
-        failures={FailureReason.POISON: rows},
-        first_failures=[Failure(2, HOSTILE, FailureReason.POISON, HOSTILE)],
-        lengths=lengths_of(sample),
-        speed=measure_speed([run_of(HOSTILE, k, 5, 100) for k in range(5)]),
-        sample=sample,
-        files=[ResultFile(f"{HOSTILE}_ESM.pt", "c" * 64, 100, rows)],
-        missing=[HOSTILE],
-    )
-    return replace(contents, **changes)
 
 
 def pictures(page: str) -> list[str]:
