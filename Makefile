@@ -19,7 +19,7 @@ INSTALLED := .venv/installed
 IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down lint test test-system test-gpu chaos fuzz bench bench-gpu
+.PHONY: help setup run up down lint docs test test-system test-gpu chaos fuzz bench bench-gpu
 
 help:
 	@echo "make run          set up, start everything, embed $$FASTA, print a summary, stop"
@@ -27,6 +27,7 @@ help:
 	@echo 'make setup        .venv with the pinned dependencies'
 	@echo 'make up, down     start the stack and keep it; stop it'
 	@echo 'make lint         style, types, and which room may import which'
+	@echo 'make docs         docs/reference.md, from the code'
 	@echo 'make test-system  the tests that need root or system packages'
 	@echo 'make test-gpu     the tests that need an NVIDIA GPU'
 	@echo 'make chaos        each fault, then SEEDS=$(SEEDS) schedules of them, and whether every promise was kept'
@@ -58,6 +59,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(INSTALLED)
+	$(BIN)/python -m virnucpro_core.cli.reference docs/reference.md
 
 test: lint
 	$(BIN)/pytest $(IN_PARALLEL) -m 'not gpu and not system and not chaos'

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection
 
-from virnucpro_core.ledger.queries import failure_counts, find_setback, get_job, submissions_of
+from virnucpro_core.ledger.queries import (
+    SubmissionRow,
+    artifacts_of,
+    failure_counts,
+    find_setback,
+    get_job,
+    submissions_of,
+)
+from virnucpro_core.ledger.transitions import VALIDATE
+from virnucpro_core.ledger.work import report_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +29,7 @@ class SubmissionReport:
         too_many_failed: whether more of the job's records failed than it allows.
         folder: where its result is published, relative to the output root.
         published: whether that has been done in this generation.
+        page: the report for people in that folder; None if there is none.
         error: why its nucleotides were not merged.
     """
 
@@ -31,6 +42,7 @@ class SubmissionReport:
     too_many_failed: bool
     folder: str
     published: bool
+    page: str | None
     error: str | None
     submitted_at: datetime
 
@@ -85,6 +97,13 @@ def report_job(tx: Connection, job_id: int) -> JobReport:
         JobError: there is no such job.
     """
     job = get_job(tx, job_id)
+    made = {Path(artifact.path).name for artifact in artifacts_of(tx, job_id, stage=VALIDATE)}
+
+    def find_page(submission: SubmissionRow) -> str | None:
+        if submission.published_generation != job.generation or report_name(submission.id) not in made:
+            return None
+        return f"{submission.folder(job.input_sha256, job.recipe_sha256)}/{submission.stem}.report.html"
+
     return JobReport(
         job=job.id,
         stem=job.stem,
@@ -122,6 +141,7 @@ def report_job(tx: Connection, job_id: int) -> JobReport:
                 error=submission.error,
                 submitted_at=submission.submitted_at,
                 published=submission.published_generation == job.generation,
+                page=find_page(submission),
             )
             for submission in submissions_of(tx, job_id)
         ),

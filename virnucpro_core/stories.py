@@ -23,7 +23,8 @@ from virnucpro_core.ledger.queries import (
     submissions_of,
 )
 from virnucpro_core.ledger.setbacks import Attempt, attempts_on
-from virnucpro_core.ledger.transitions import EXPORT, EXTRACT, MATRIX, MERGE
+from virnucpro_core.ledger.transitions import EXTRACT, MATRIX, MERGE
+from virnucpro_core.ledger.work import EXPORT
 from virnucpro_core.roots import resolve_below
 from virnucpro_core.sequences.chunks import ChunkRange
 from virnucpro_core.sequences.compression import Compression

@@ -15,6 +15,7 @@ from virnucpro_core.features.manifests import read_manifest
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.queries import ArtifactRow, artifacts_of, find_lost, get_job, submissions_of
 from virnucpro_core.ledger.transitions import VALIDATE
+from virnucpro_core.ledger.work import report_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,8 @@ def find_files(tx: Connection, output_root: Path, job_id: int) -> JobFiles:
                 published[str(Path(base).with_name(file.name))] = recorded & {file.sha256}
         if job.failed:
             published[f"{base}.failures.jsonl"] = recorded
+        if any(Path(artifact.path).name == report_name(submission.id) for artifact in artifacts):
+            published[f"{base}.report.html"] = recorded
         if submission.nucleotide_path and not submission.error:
             name = f"merged_{submission.id}.pt"
             published[f"{base}_merged.pt"] = {a.sha256 for a in artifacts if a.path.endswith(f"/{name}")}

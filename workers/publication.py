@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
+from virnucpro_core.errors import ArtifactError
 from virnucpro_core.features.publishing import publish, publish_result
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +24,7 @@ class Publication:
         exports: the embeddings, in the order of their rows.
         merged: nucleotide and protein features; None without nucleotides.
         failures: the records without an embedding; None if there are none.
+        report: the page for people; None if it could not be made.
         manifest: what says that all this belongs together.
     """
 
@@ -27,6 +33,7 @@ class Publication:
     exports: Sequence[Path]
     merged: Path | None
     failures: Path | None
+    report: Path | None
     manifest: Path
 
     def publish(self) -> None:
@@ -35,11 +42,12 @@ class Publication:
         Raises:
             ArtifactError: a file is missing, or a name cannot be written.
         """
-        failures_target = self.folder / f"{self.stem}.failures.jsonl"
-        if self.failures is not None:
-            publish(self.failures, failures_target)
-        else:
-            failures_target.unlink(missing_ok=True)  # of an earlier generation
+        self._publish_or_remove(self.failures, f"{self.stem}.failures.jsonl")
+        try:
+            self._publish_or_remove(self.report, f"{self.stem}.report.html")
+        except (ArtifactError, OSError) as error:
+            # What it tells of is sound, and `verify` says that it is missing.
+            log.warning("report_not_published", folder=str(self.folder), reason=str(error))
         if self.merged is not None:
             publish(self.merged, self.folder / f"{self.stem}_merged.pt")
         publish_result(
@@ -48,3 +56,10 @@ class Publication:
             self.manifest,
             self.folder / f"{self.stem}.manifest.json",
         )
+
+    def _publish_or_remove(self, source: Path | None, name: str) -> None:
+        """Give a file its name; without one, remove what an earlier generation left under that name."""
+        if source is not None:
+            publish(source, self.folder / name)
+        else:
+            (self.folder / name).unlink(missing_ok=True)

@@ -33,22 +33,20 @@ from virnucpro_core.ledger.queries import (
     get_job,
     submissions_of,
 )
-from virnucpro_core.ledger.transitions import EXPORT, EXTRACT, MATRIX, MERGE, VALIDATE
-from virnucpro_core.ledger.work import NewArtifact, Result, Work
+from virnucpro_core.ledger.transitions import EXTRACT, MATRIX, MERGE, VALIDATE
+from virnucpro_core.ledger.work import EXPORT, FAILURES, MANIFEST, MERGED, REPORT, NewArtifact, Result, Work
 from virnucpro_core.roots import open_below
 from virnucpro_core.sequences.fasta import parse_records
 from virnucpro_core.sequences.scan import read_range
 from virnucpro_core.settings import Settings
 from workers.artifacts import as_new, as_written, describe_file, locate, published_folder, stage_folder
 from workers.publication import Publication
+from workers.reporting import try_report
 
 if TYPE_CHECKING:
     from virnucpro_core.embedding.extraction import Extraction
 
 log = structlog.get_logger()
-
-MERGED, FAILURES, MANIFEST = "merged", "failures", "manifest"
-"""Kinds of artifacts, beside MATRIX and EXPORT."""
 
 RESULT_NAME = "result.safetensors"
 
@@ -205,6 +203,9 @@ def validate(ledger: Engine, work: Work, settings: Settings) -> Outcome:
             in_transaction(ledger, describe_result, work, submission, exports),
         )
         artifacts.append(describe_file(manifest, MANIFEST, settings))
+        report = try_report(ledger, work, submission, artifacts, settings)
+        if report is not None:
+            artifacts.append(describe_file(report, REPORT, settings))
         publications.append(
             Publication(
                 folder=published_folder(work, submission, settings),
@@ -212,6 +213,7 @@ def validate(ledger: Engine, work: Work, settings: Settings) -> Outcome:
                 exports=[export.path for export in exports],
                 merged=merged_paths.get(merged_name(submission)),
                 failures=None if failures is None else failures.path,
+                report=None if report is None else report.path,
                 manifest=manifest.path,
             )
         )

@@ -7,6 +7,7 @@ python -m tests.faults.chaos --seed 17 --seed 3
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import os
 import shutil
@@ -38,6 +39,7 @@ class Chaos:
         house.wait_until(self.has_ended, "the job ends")
         self.undisturbed = house.read_published(self.job_id)
         assert set(self.undisturbed) == {"chaos_ESM.pt", "chaos_merged.pt", "chaos.failures.jsonl"}
+        assert self.read_report(), "there is no report"
         self.assert_kept()
 
     def run(self, schedule: Sequence[Fault]) -> None:
@@ -77,10 +79,27 @@ class Chaos:
         assert job.state == "succeeded", f"the job is {job.state}: {job.error}"
         assert job.embeddings + job.failed == job.records
         assert house.read_published(self.job_id) == self.undisturbed, "the result has other bytes"
+        self.assert_report_is_recorded()
         self.settle("messages", lambda: house.rows("SELECT chunk_id FROM outbox"))
         self.settle("leases", lambda: house.rows("SELECT id FROM chunks WHERE lease_token IS NOT NULL"))
         self.settle("files that nobody recorded", self.strays)
         self.settle("processes of workers that were given up", self.undead)
+
+    def assert_report_is_recorded(self) -> None:
+        """The report tells of times and workers, so its bytes are each run's own; a fault may have prevented it."""
+        recorded = {
+            row.sha256 for row in self.house.rows("SELECT sha256 FROM artifacts WHERE kind = 'report'")
+        }
+        report = self.read_report()
+        if report or recorded:
+            assert hashlib.sha256(report).hexdigest() in recorded, (
+                "the report is not the one that is recorded"
+            )
+
+    def read_report(self) -> bytes:
+        """The published report; nothing where there is none."""
+        path = self.house.published(self.job_id) / "chaos.report.html"
+        return path.read_bytes() if path.exists() else b""
 
     def settle(self, what: str, look: Callable[[], Sequence[object]]) -> None:
         """Wait until there are none of these left."""

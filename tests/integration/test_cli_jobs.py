@@ -265,7 +265,13 @@ def test_job_from_submission_to_repair(
     verified = virnucpro("verify", job, "--json").json()
     artifacts = pipeline.rows("SELECT path, stage FROM artifacts ORDER BY id")
     published = sorted(path.name for path in folder.iterdir())
-    assert published == ["small.failures.jsonl", "small.manifest.json", "small_ESM.pt", "small_merged.pt"]
+    assert published == [
+        "small.failures.jsonl",
+        "small.manifest.json",
+        "small.report.html",
+        "small_ESM.pt",
+        "small_merged.pt",
+    ]
     assert (verified["passed"], verified["files"]) == (True, len(artifacts) + len(published))
 
     # a flipped byte in a chunk, and a published file gone

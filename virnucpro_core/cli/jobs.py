@@ -1,15 +1,17 @@
-"""Commands about jobs in the ledger: `status`, `failures`, `retry`, `cancel`, `verify`."""
+"""Commands about jobs in the ledger: `status`, `failures`, `report`, `retry`, `cancel`, `verify`."""
 
 from __future__ import annotations
 
 import csv
 import sys
 from dataclasses import asdict, astuple
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from virnucpro_core.cli.connections import connect, name_person
+from virnucpro_core.cli.files import check_writable
 from virnucpro_core.cli.output import (
     AsJson,
     format_counts,
@@ -42,6 +44,7 @@ JOB_COLUMNS = (
     "created_at",
 )
 FAILURE_COLUMNS = ("record", "id", "reason", "detail")
+NO_PAGE = "not made; `virnucpro report` writes one, or says why it cannot"
 SHOWN_FAILURES = 50  # in text; --csv and --json have all
 
 JobArgument = Annotated[
@@ -50,7 +53,7 @@ JobArgument = Annotated[
 
 
 def add_commands(app: typer.Typer) -> None:
-    for command in (status, failures, retry, cancel, verify):
+    for command in (status, failures, report, retry, cancel, verify):
         app.command(rich_help_panel=PANEL)(command)
 
 
@@ -81,8 +84,8 @@ def status(
 
     with connect() as ledger:
         if job is not None:
-            report = in_transaction(ledger, report_job, job)
-            print_json(asdict(report)) if as_json else print_report(report)
+            told = in_transaction(ledger, report_job, job)
+            print_json(asdict(told)) if as_json else print_report(told)
             return
         jobs, workers = in_transaction(ledger, lambda tx: (list_jobs(tx), live_workers(tx)))
     rows = [{column: getattr(row, column) for column in JOB_COLUMNS} for row in jobs]
@@ -127,6 +130,23 @@ def failures(
 
     with connect() as ledger:
         in_transaction(ledger, write)
+
+
+def report(
+    job: JobArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The HTML file to write.")],
+) -> None:
+    """Write a job's report: one HTML file for people, which loads nothing and runs nothing.
+
+    It is the page that is published beside the result, and can be made at any time. What cannot be read any more
+    (the input, the embeddings), or is not there yet, is left out, and the page says so.
+    """
+    check_writable(out)
+    from virnucpro_core.htmlreport.files import write_report
+
+    with connect() as ledger, show_progress((f"reading the input of job {job}", None)) as (bar,):
+        written = write_report(out, ledger, load_settings(), job, on_progress=bar.set)
+    print(f"job {job}: {out}, {written.bytes:,} bytes")
 
 
 def retry(
@@ -198,34 +218,32 @@ def verify_with_bar(ledger: Engine, job: int) -> Verification:
         return verify_job(ledger, load_settings().output_root, job, on_progress=bar.set)
 
 
-def print_report(report: JobReport) -> None:
+def print_report(told: JobReport) -> None:
     """Print all that is known of a job."""
-    share = report.failed / report.records
+    share = told.failed / told.records
     print_facts(
         {
-            "job": report.job,
-            "file": report.stem,
-            "state": report.state,
-            "stage": report.stage,
-            "error": report.error,
-            "setback": report.setback,
-            "generation": report.generation,
-            "model": f"{report.model} (RANDOM demonstration weights)"
-            if report.demonstration
-            else report.model,
-            "chunks left": f"{report.chunks_left:,} of {report.chunks_total:,} in this stage",
-            "records": report.records,
-            "embeddings": report.embeddings,
-            "failures": f"{format_counts(report.failures)} ({share:.2%})",
-            "truncated": report.truncated,
-            "unknown residues": report.unknown,
-            "tokens": report.tokens,
-            "tokens/s per worker": report.tokens_per_second,
-            "created": report.created_at,
-            "finished": report.finished_at,
+            "job": told.job,
+            "file": told.stem,
+            "state": told.state,
+            "stage": told.stage,
+            "error": told.error,
+            "setback": told.setback,
+            "generation": told.generation,
+            "model": f"{told.model} (RANDOM demonstration weights)" if told.demonstration else told.model,
+            "chunks left": f"{told.chunks_left:,} of {told.chunks_total:,} in this stage",
+            "records": told.records,
+            "embeddings": told.embeddings,
+            "failures": f"{format_counts(told.failures)} ({share:.2%})",
+            "truncated": told.truncated,
+            "unknown residues": told.unknown,
+            "tokens": told.tokens,
+            "tokens/s per worker": told.tokens_per_second,
+            "created": told.created_at,
+            "finished": told.finished_at,
         }
     )
-    for submission in report.submissions:
+    for submission in told.submissions:
         print_facts(
             {
                 "submitted": submission.path,
@@ -233,5 +251,6 @@ def print_report(report: JobReport) -> None:
                 "  label": submission.label,
                 "  nucleotides": submission.nucleotide_path,
                 "  published": submission.folder if submission.published else "not yet",
+                "  report": submission.page or (submission.published and NO_PAGE) or None,
             }
         )

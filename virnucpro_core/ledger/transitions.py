@@ -32,8 +32,6 @@ OUTBOX_CHANNEL = "virnucpro_outbox"
 EXTRACT, MERGE, VALIDATE = "extract", "merge", "validate"
 MATRIX = "matrix"
 """The kind of artifact that holds rows of embeddings: a chunk's, or all of a job's once they are merged."""
-EXPORT = "export"
-"""The kind that people load, after publication; in order, where there are several."""
 
 DESCRIBE = text("""
     SELECT c.id, c.job_id, c.stage, c.ordinal, c.byte_start, c.byte_end, c.virtual_start, c.first_record, c.records,

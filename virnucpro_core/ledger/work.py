@@ -14,6 +14,14 @@ from virnucpro_core.sequences.compression import Compression
 RESULTS = "results"
 """The folder below the output root that results are published in."""
 
+EXPORT, MERGED, FAILURES, MANIFEST, REPORT = "export", "merged", "failures", "manifest", "report"
+"""Kinds of artifacts, beside the matrix."""
+
+
+def report_name(submission_id: int) -> str:
+    """The file name of the artifact that is one submission's report."""
+    return f"report_{submission_id}.html"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submission:

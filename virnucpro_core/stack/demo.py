@@ -228,6 +228,9 @@ def summarise(ledger: Engine, fasta: Path, run_state: str, started: float, conso
     manifest = read_manifest(folder / f"{submission.stem}.manifest.json")
     faults = find_faults(manifest, folder)
     facts = describe(job, manifest, folder, faults)
+    page = folder / f"{submission.stem}.report.html"
+    if page.is_file():
+        facts.append(("report", str(page)))
     if job.finished_at.timestamp() < started:
         facts.append(("work", "the job was done already: nothing was computed again"))
     for name, value in facts:
