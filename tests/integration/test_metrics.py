@@ -302,11 +302,7 @@ def test_a_million_chunks_are_read_in_well_under_a_second(
     assert samples["virnucpro_chunks", "queue=extract,state=pending"] == 500_001
     assert samples["virnucpro_chunks", "queue=extract,state=done"] == 500_000
     assert samples["virnucpro_tokens_per_second", "node=gpu3@test"] == 200
-    seconds = [watcher.value("snapshot_seconds") for _ in range(5)]
-    print(seconds)
-    with ledger.begin() as tx:
-        for q in QS: print(*tx.execute(text("EXPLAIN ANALYZE " + q)).scalars(), sep="\n")
-    assert min(seconds) < 0.25
+    assert min(watcher.value("snapshot_seconds") for _ in range(5)) < 0.1
 
 
 def test_every_metric_that_is_watched_exists(engines: dict[str, Engine], watcher: Watcher) -> None:
