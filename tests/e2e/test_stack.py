@@ -134,9 +134,9 @@ def test_strangers_can_do_nothing_to_workers_and_runs(stack: RunningStack) -> No
         assert answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN), (method, url)
     wrong = httpx.get(f"{flower}/workers", auth=("admin", "admin"))
     assert wrong.status_code == httpx.codes.UNAUTHORIZED
-    # Flower has these two open, for who watches: they count.
-    for page in ("metrics", "healthcheck"):
-        told = httpx.get(f"{flower}/{page}").text
+    # These are open, for who watches: they count.
+    for page in (f"{flower}/metrics", f"{flower}/healthcheck", stack.description.urls["Metrics"]):
+        told = httpx.get(page).text
         assert not [name for name, secret in read_secrets(stack).items() if secret in told]
 
 
@@ -166,6 +166,15 @@ def test_pages_want_the_login_that_was_generated(stack: RunningStack) -> None:
     assert wrong.status_code == httpx.codes.UNAUTHORIZED
     with stack.log_in() as airflow:
         assert airflow.get("/dags").status_code == httpx.codes.OK
+
+
+def test_metrics_are_those_of_its_ledger(stack: RunningStack) -> None:
+    told = httpx.get(stack.description.urls["Metrics"]).text
+    assert "virnucpro_ledger_up 1.0" in told
+    assert re.search(
+        r'virnucpro_worker_info{device="cpu",host="\S+",node="cpu\d+@\S+",queue="extract"} 1.0', told
+    )
+    assert f'virnucpro_disk_free_bytes{{folder="{stack.settings.output_root}"}}' in told
 
 
 def test_a_second_stack_in_the_same_folder_is_refused(stack: RunningStack) -> None:

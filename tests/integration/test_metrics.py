@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import Engine, text
 
+from monitoring.dashboard import FILE
 from tests import ledger_jobs as jobs
 from virnucpro_core.failures import FailureReason
 from virnucpro_core.gpus import GpuUse
@@ -272,6 +274,49 @@ def test_a_worker_tells_of_its_gpu_and_of_its_chunk(
     assert samples["virnucpro_worker_heartbeat_age_seconds", "node=cpu0@test"] < 30
     assert ("virnucpro_gpu_mem_used_bytes", "node=cpu0@test") not in samples
     assert samples["virnucpro_worker_info", f"device=cpu,host=test,{node},queue=extract"] == 1
+
+
+MILLION = """
+    INSERT INTO chunks (job_id, stage, ordinal, byte_start, byte_end, first_record, records, residues, sha256,
+                        state, attempts, worker_id, claimed_at, finished_at, embeddings, failed, tokens, seconds)
+    SELECT job_id, stage, k, byte_start, byte_end, first_record, records, residues, sha256,
+           CASE WHEN done THEN 'done' ELSE 'pending' END, 1, 1 + k / 2 % 16, now(), now() - make_interval(secs => k),
+           CASE WHEN done THEN records END, CASE WHEN done THEN 0 END, 100, 0.5
+      FROM chunks CROSS JOIN (SELECT k, k % 2 = 0 AS done FROM generate_series(1, 1000000) k) WHERE id = 1;
+    INSERT INTO outbox (chunk_id, queue) SELECT id, 'extract' FROM chunks WHERE id > 1 AND state = 'pending';
+    UPDATE jobs SET chunks_total = 1000001, chunks_left = 500001
+"""
+
+
+@pytest.mark.system  # filling the ledger takes a minute
+def test_a_million_chunks_are_read_in_well_under_a_second(
+    engines: dict[str, Engine], ledger: Engine, watcher: Watcher
+) -> None:
+    register(engines, 1)
+    for k in range(16):
+        in_transaction(ledger, jobs.start_worker, f"gpu{k}@test")
+    for statement in MILLION.split(";"):
+        change(engines["owner"], statement)
+    change(engines["owner"], "ANALYZE")  # as autovacuum does
+    samples = watcher.look()
+    assert samples["virnucpro_chunks", "queue=extract,state=pending"] == 500_001
+    assert samples["virnucpro_chunks", "queue=extract,state=done"] == 500_000
+    assert samples["virnucpro_tokens_per_second", "node=gpu3@test"] == 200
+    assert min(watcher.value("snapshot_seconds") for _ in range(5)) < 0.1
+
+
+def test_every_metric_that_is_watched_exists(engines: dict[str, Engine], watcher: Watcher) -> None:
+    """The dashboard's and the rules' queries name no other."""
+    use = GpuUse(0.5, 1, 2)
+    worker = in_transaction(engines["worker"], jobs.start_worker)
+    job = register(engines)
+    in_transaction(engines["worker"], beat, worker, progress=1, lease_seconds=60, gpu=use, gpu_memory_peak=1)
+    in_transaction(engines["worker"], jobs.run_job, job, worker)
+    known = {name for name, _ in watcher.look()}
+    rules = FILE.parents[2] / "prometheus" / "rules.yml"
+    watched = set(re.findall(r"virnucpro_\w+", FILE.read_text() + rules.read_text()))
+    assert len(watched) > 20
+    assert watched - known == set()
 
 
 def test_without_the_ledger_it_says_so(tmp_path: Path) -> None:

@@ -200,9 +200,8 @@ def test_killed_child_is_replaced_and_its_chunk_runs_again(
     assert (job.state, job.embeddings) == ("succeeded", 12)
     (killed,) = pipeline.rows("SELECT attempts FROM chunks WHERE id = :chunk", chunk=chunk)
     assert killed.attempts == 2
-    assert {row.state for row in pipeline.rows("SELECT state FROM workers WHERE pid = :pid", pid=pid)} == {
-        "gone"
-    }
+    (worker,) = pipeline.rows("SELECT state FROM workers WHERE pid = :pid", pid=pid)
+    assert worker.state in ("gone", "silent")  # replaced, or before that its lease ran out
 
 
 def test_stopped_worker_finishes_its_chunk_and_leaves_the_rest(pipeline: Pipeline, long_fasta: Path) -> None:

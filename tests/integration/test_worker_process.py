@@ -227,3 +227,42 @@ def test_record_that_killed_alone_is_a_failure(
     ]
     (artifact,) = pipeline.rows("SELECT rows FROM artifacts")
     assert artifact.rows == 0
+
+
+def test_result_that_comes_too_late_is_dropped_and_counted(
+    pipeline: Pipeline, small_fasta: Path, start: Callable[[], WorkerProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *_ = submit(pipeline, small_fasta)
+    steal = text("UPDATE chunks SET lease_token = nextval('lease_tokens') WHERE id = :chunk")
+
+    def lose_the_lease(work: Work, *arguments: Any) -> Any:
+        in_transaction(pipeline.ledger, lambda tx: tx.execute(steal, {"chunk": work.chunk_id}))
+        return keep_extraction(work, *arguments)
+
+    monkeypatch.setattr("workers.process.keep_extraction", lose_the_lease)
+    start().run("extract", first)
+    tallies = pipeline.wait_until(lambda: pipeline.rows("SELECT stage, name, value FROM tallies"))
+    assert tallies == [("extract", "duplicates", 1.0)]
+    assert chunk_row(pipeline, first).state == "running"
+
+
+def test_work_is_tallied_as_it_was_done(
+    pipeline: Pipeline, small_fasta: Path, start: Callable[[], WorkerProcess]
+) -> None:
+    """A CPU computes each sequence alone: no padding."""
+    process = start()
+    for chunk in submit(pipeline, small_fasta):
+        process.run("extract", chunk)
+    process.close()
+    rows = pipeline.rows("SELECT name, label, sum(value) FROM tallies GROUP BY name, label")
+    told = {(name, label): value for name, label, value in rows}
+    (job,) = pipeline.rows("SELECT embeddings, failed, tokens FROM jobs")
+    (given,) = pipeline.rows("SELECT residues FROM inputs")
+    assert told["sequences", "embedded"] == job.embeddings == 10
+    assert {label: value for (name, label), value in told.items() if name == "sequences"} == {
+        "embedded": 10,
+        "empty": 1,
+        "invalid_residue": 1,
+    }
+    assert told["tokens", ""] == told["positions", ""] == job.tokens
+    assert told["residues", ""] == given.residues

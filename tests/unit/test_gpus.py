@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pynvml
 import pytest
 
-from virnucpro_core.gpus import MASK, Gpu, apply_mask, list_gpus
+from virnucpro_core.gpus import MASK, Gpu, GpuMeter, GpuUse, apply_mask, list_gpus
 from virnucpro_core.stack.composition import choose_gpus
 
 pytestmark = pytest.mark.unit
@@ -59,3 +61,68 @@ def test_a_stack_computes_on_the_cpu_where_the_mask_hides_every_gpu(
     if mask is not None:
         monkeypatch.setenv(MASK, mask)
     assert choose_gpus(asked) == chosen
+
+
+class Memory:
+    used, total = 40 << 30, 139 << 30
+
+
+class Rates:
+    gpu = 93
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A driver of one GPU; it counts what it is asked."""
+    asked: dict[str, int] = {}
+
+    def answer(name: str, value: object) -> None:
+        def ask(*_: object) -> object:
+            asked[name] = asked.get(name, 0) + 1
+            return value
+
+        monkeypatch.setattr(pynvml, name, ask)
+
+    answer("nvmlInit", None)
+    answer("nvmlDeviceGetHandleByUUID", "handle")
+    answer("nvmlDeviceGetMemoryInfo", Memory)
+    answer("nvmlDeviceGetUtilizationRates", Rates)
+    return asked
+
+
+def test_meter_tells_how_busy_a_gpu_is_and_opens_it_once(driver: dict[str, int]) -> None:
+    meter = GpuMeter("GPU-aaaa1111")
+    assert [meter.read() for _ in range(2)] == [GpuUse(0.93, 40 << 30, 139 << 30)] * 2
+    assert driver["nvmlInit"] == driver["nvmlDeviceGetHandleByUUID"] == 1
+
+
+def raising(code: int) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise pynvml.NVMLError(code)
+
+    return fail
+
+
+def test_meter_of_an_instance_knows_its_memory_alone(
+    driver: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", raising(pynvml.NVML_ERROR_NOT_SUPPORTED))
+    assert GpuMeter("MIG-cccc3331").read() == GpuUse(None, 40 << 30, 139 << 30)
+
+
+def test_meter_that_fails_is_not_asked_again(driver: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A heartbeat must not stumble over a driver."""
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", raising(pynvml.NVML_ERROR_GPU_IS_LOST))
+    meter = GpuMeter("GPU-aaaa1111")
+    assert [meter.read() for _ in range(3)] == [None] * 3
+    assert driver["nvmlDeviceGetHandleByUUID"] == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "0", ""])
+def test_what_is_no_uuid_has_no_meter(driver: dict[str, int], device: str) -> None:
+    assert GpuMeter(device).read() is None
+    assert driver == {}
+
+
+def test_names_tell_numbers_and_instances_apart() -> None:
+    assert [gpu.name for gpu in GPUS] == ["gpu0-aaaa1111", "gpu1-bbbb2222", "gpu2-cccc3331", "gpu2-cccc3332"]

@@ -69,7 +69,13 @@ def test_no_secret_is_in_an_argument_an_environment_or_an_open_file(tmp_path: Pa
 
 def test_each_program_gets_the_database_role_that_it_needs(tmp_path: Path) -> None:
     expected = {"postgres": "", "valkey": "", "workers": "worker", "relay": "worker", "flower": ""}
-    expected |= {"api-server": "dag", "scheduler": "dag", "dag-processor": "dag", "triggerer": "dag"}
+    expected |= {
+        "api-server": "dag",
+        "scheduler": "dag",
+        "dag-processor": "dag",
+        "triggerer": "dag",
+        "metrics": "dag",
+    }
     for program in compose_at(tmp_path).programs:
         given = [name for name in program.environment if name.endswith("_DATABASE_URL_FILE")]
         role = expected.pop(program.name)

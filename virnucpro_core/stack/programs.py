@@ -18,6 +18,9 @@ PROJECT = Path(__file__).resolve().parents[2]
 SERVERS, SERVICES = "servers", "services"
 FOLDERS = ("inbox", "output_root", "model_root")
 FLOWER_USER = "admin"
+FLOWER_COLUMNS = "args,state,received,started,runtime,worker,uuid"
+"""Of its list of tasks. Job, file and chunk are in `args`, which it would not show."""
+
 METRICS_PORT = 9464
 WORKER_STOP_SECONDS = 60  # a chunk that takes longer is handed back
 
@@ -78,7 +81,8 @@ def flower_program(folder: Path, port: int, secrets: Secrets, environment: dict[
     """Flower behind a generated login; its configuration file holds the password."""
     configuration = folder / "flower.conf"
     login = f"{FLOWER_USER}:{secrets.read('flower-admin')}"
-    write_private(configuration, f"address = {LOOPBACK!r}\nport = {port}\nbasic_auth = [{login!r}]\n")
+    options = {"address": LOOPBACK, "port": port, "basic_auth": [login], "tasks_columns": FLOWER_COLUMNS}
+    write_private(configuration, "".join(f"{name} = {value!r}\n" for name, value in options.items()))
     argv = [sys.executable, "-m", "celery", "-A", "workers.app", "flower", f"--conf={configuration}"]
     return Program(name="flower", group=SERVICES, argv=tied_to_parent(argv), environment=environment)
 
