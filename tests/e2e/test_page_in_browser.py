@@ -87,10 +87,11 @@ def check_ways_to_the_page(browser: Browser, stack: RunningStack, house: House, 
     """The tab on the run, and the extra link on the task."""
     airflow = stack.description.urls["Airflow"]
     browser.open(f"{airflow}/dags/virnucpro_ingest/runs/{run}")
-    browser.click("a", "VirNucPro")
+    browser.click("a[href*='/plugin/virnucpro-run']")
     with browser.frame():
+        browser.see(f"Files of {run}", "h1")
         browser.see("proteins", "#jobs")
-    browser.picture("page-run")
+        browser.picture("page-run")
 
     links = ask(
         house.airflow,
