@@ -19,7 +19,7 @@ INSTALLED := .venv/installed
 IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down lint docs test test-system test-gpu chaos fuzz bench bench-gpu
+.PHONY: help setup run up down lint docs test test-system screenshots test-gpu chaos fuzz bench bench-gpu
 
 help:
 	@echo "make run          set up, start everything, embed $$FASTA, print a summary, stop"
@@ -28,7 +28,8 @@ help:
 	@echo 'make up, down     start the stack and keep it; stop it'
 	@echo 'make lint         style, types, and which room may import which'
 	@echo 'make docs         docs/reference.md, from the code'
-	@echo 'make test-system  the tests that need root or system packages'
+	@echo 'make test-system  the tests that need root or system packages (chromium and its driver among them)'
+	@echo 'make screenshots  what those in the browser see, into docs/screenshots'
 	@echo 'make test-gpu     the tests that need an NVIDIA GPU'
 	@echo 'make chaos        each fault, then SEEDS=$(SEEDS) schedules of them, and whether every promise was kept'
 	@echo 'make fuzz         hostile files and messages, RUNS of them'
@@ -68,6 +69,9 @@ test: lint
 
 test-system: $(INSTALLED)
 	$(BIN)/pytest -m system
+
+screenshots: $(INSTALLED)
+	SCREENSHOTS=docs/screenshots $(BIN)/pytest -m system -k browser
 
 test-gpu: $(INSTALLED)
 	$(BIN)/pytest -m gpu

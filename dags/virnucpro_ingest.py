@@ -50,10 +50,15 @@ The tasks here only wait.
   again, and nothing else.
 * **Compute again** (`force`) computes everything anew; the published files stay until the new ones replace
   them.
+* The page **VirNucPro** in the menu, the tab of that name on a run, and the link on each task that waits show the jobs:
+  progress, time left, failures, files with checksums, retry, cancel, verify.
+* A run that failed, or is late, is told to whom the settings name (`VIRNUCPRO_NOTIFIER`, `VIRNUCPRO_LATE_HOURS`).
 * A nucleotide file `<name>_DNABERT_S.pt` beside the FASTA is merged with the result: `<name>_merged.pt`,
   2048 wide.
 * Above 250 files, several share a mapped task. `summary` names every file without an accepted result.
 """
+
+WHAT, HOW = "What to embed", "How to run it"
 
 PARAMS = {
     "files": Param(
@@ -63,18 +68,23 @@ PARAMS = {
         title="FASTA files",
         description_md="One path a line, as the workers see it; a relative one starts in the inbox. "
         "Plain, gzip, bgzip or zstd. **Empty: every FASTA file in the inbox** and its folders.",
+        section=WHAT,
     ),
     "model": Param(
         None,
         type=["null", "string"],
         title="Model",
-        description_md="A registered model (`virnucpro weights show` lists them). Empty: the configured one.",
+        description_md="A registered model (`virnucpro weights show` lists them). Empty: the configured one. "
+        "Another model is another job, beside the old one.",
+        section=WHAT,
     ),
     "force": Param(
         default=False,
         type="boolean",
         title="Compute again",
-        description_md="Compute everything anew, even what is done.",
+        description_md="Compute everything anew, even what is done: for doubts about a result. The old files stay "
+        "until the new ones replace them. To go on with what failed, clear its task instead.",
+        section=HOW,
     ),
     "max_failed_share": Param(
         None,
@@ -84,13 +94,16 @@ PARAMS = {
         title="Allowed share of failures",
         description_md="Between 0 and 1: a file with a larger share of failed records is not accepted, "
         "and the run fails. Its features are published all the same. Empty: the configured share.",
+        section=HOW,
     ),
     "label": Param(
         "none",
         type="string",
         enum=["none", "host", "viral"],
+        values_display={"none": "not known", "host": "host", "viral": "viral"},
         title="Label",
-        description_md="What the sequences are, for `labels` in the merged files.",
+        description_md="What the sequences are, for `labels` in the files merged with nucleotides.",
+        section=WHAT,
     ),
 }
 

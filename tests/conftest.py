@@ -184,6 +184,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
         model_root=folder / "models",
         dtype="float32",
         chunk_tokens=4000,  # a test's small file has several chunks
+        notifier="tests.notifiers.FileNotifier",
+        notifier_options={"path": str(folder / "told"), "text": "{{ run_id }} {{ what }}"},
     )
     stack = Stack(settings, folder / "state", gpus="none", fixed_ports=False)
     description = stack.start()

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -52,10 +53,12 @@ class House:
         self.airflow = airflow
         self.inbox = stack.settings.inbox
         self.output = stack.settings.output_root
+        self.told = Path(stack.settings.notifier_options["path"])
 
-    def trigger(self, *files: Path, **form: Any) -> str:
+    def trigger(self, *files: Path, logical_date: datetime | None = None, **form: Any) -> str:
+        date = None if logical_date is None else logical_date.isoformat()
         conf = {"files": [str(file) for file in files], "model": demo.MODEL, **form}
-        return str(ask(self.airflow, "POST", f"{DAG}/dagRuns", logical_date=None, conf=conf)["dag_run_id"])
+        return str(ask(self.airflow, "POST", f"{DAG}/dagRuns", logical_date=date, conf=conf)["dag_run_id"])
 
     def wait_for_run(self, run: str) -> str:
         def state() -> str | None:
@@ -137,6 +140,10 @@ class House:
         proteins, data = read_pt(folder / f"{job.stem}_ESM.pt")
         assert len(proteins) == len(data) == manifest.counts.embeddings
         return {"proteins": proteins, "data": data}
+
+    def wait_for_notice(self, run: str, what: str) -> None:
+        """Wait until somebody has been told so."""
+        wait_until(lambda: self.told.exists() and f"{run} {what}" in self.told.read_text())
 
     def is_answering(self) -> bool:
         """Whether the API server answers."""

@@ -84,7 +84,10 @@ class Browser:
 
         def try_it(_: Any) -> bool:
             try:
-                self.find(selector, text).click()
+                element = self.find(selector, text)
+                if not element.is_enabled():  # a click would do nothing, and raise nothing
+                    return False
+                element.click()
             except (StaleElementReferenceException, ElementNotInteractableException):
                 return False
             return True
@@ -134,14 +137,14 @@ class Browser:
         """Errors on the console, and requests to the outside."""
         self.read_logs()
         errors = [line for line in self.console if not any(text in line for text in self.allowed)]
-        outside = [
-            url
-            for url in self.requests
-            if urlsplit(url).scheme not in ("data", "blob", "about", "chrome")
-            and urlsplit(url).hostname not in HERE
-        ]
+        outside = [url for url in self.requests if is_outside(url)]
         assert self.requests, "the browser has logged no request at all"
         return errors + outside
+
+
+def is_outside(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme in ("http", "https", "ws", "wss") and parts.hostname not in HERE
 
 
 def require_program(name: str) -> str:

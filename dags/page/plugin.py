@@ -22,6 +22,7 @@ class VirnucproPlugin(AirflowPlugin):
             "href": page_path(""),
             "destination": "nav",
             "url_route": ROUTE,
+            "icon": page_path("static", "icon.svg"),
             "nav_top_level": True,
         },
         {

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from collections import Counter
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -173,8 +174,9 @@ def test_clear_and_mark_failed_while_waiting_touch_their_own_wait_alone(house: H
 def test_inbox_with_a_bad_file_gives_the_good_ones_and_names_the_bad_one(
     house: House, proteins: Path
 ) -> None:
-    empty_run = house.trigger()
+    empty_run = house.trigger(logical_date=datetime.now(UTC) - timedelta(days=1))
     assert house.wait_for_run(empty_run) == "success"
+    house.wait_for_notice(empty_run, "is late")
 
     one, two, bad = (house.inbox / name for name in ("a/reads.fasta", "b/reads.fasta", "c/nothing.fasta"))
     records = proteins.read_text().split(">")[1:]
@@ -183,6 +185,7 @@ def test_inbox_with_a_bad_file_gives_the_good_ones_and_names_the_bad_one(
         path.write_text("".join(f">{record}" for record in content))
     run = house.trigger()
     assert house.wait_for_run(run) == "failed"
+    house.wait_for_notice(run, "failed")
     folders = {house.published(house.job_of(path)) for path in (one, two)}
     assert len(folders) == 2, "equal stems collided"
     for path in (one, two):

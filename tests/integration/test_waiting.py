@@ -14,6 +14,7 @@ from airflow.sdk.bases.operator import ExecutorSafeguard
 from airflow.sdk.exceptions import TaskDeferred
 from airflow.sdk.module_loading import import_string
 from sqlalchemy import Engine, text
+from structlog.testing import capture_logs
 
 from dags import waiting
 from dags.connections import close_async_ledger, open_dag_ledger, share_async_ledger
@@ -266,7 +267,11 @@ def test_clearing_recomputes_the_chunk_whose_file_is_gone_and_no_other(ledger: E
     before = {row[2]: row for row in chunks(ledger, job) if row[1] == "extract"}
     lost = in_transaction(ledger, queries.artifacts_of, job, stage="extract")[1]
     (load_settings().output_root / lost.path).unlink()
-    defer(make_wait(job), attempt(2))
+    with capture_logs() as logs:
+        defer(make_wait(job), attempt(2))
+    told = [line["event"] for line in logs]
+    assert "1 of 3 chunks were missing; 2 kept" in told
+    assert "2 of 3 chunks are done: waiting" in told
     after = {row[2]: row for row in chunks(ledger, job) if row[1] == "extract"}
     assert after[1][3] == "pending"
     assert {k: row for k, row in after.items() if k != 1} == {k: row for k, row in before.items() if k != 1}

@@ -84,12 +84,13 @@ def test_each_program_gets_the_database_role_that_it_needs(tmp_path: Path) -> No
 
 
 def test_programs_are_told_the_settings_that_were_made(tmp_path: Path) -> None:
-    parts = compose_at(tmp_path, inbox=Path("here"), chunk_tokens=777)
+    parts = compose_at(tmp_path, inbox=Path("here"), chunk_tokens=777, notifier_options={"to": "me"})
     environment = next(program for program in parts.programs if program.name == "workers").environment
     assert environment["VIRNUCPRO_CHUNK_TOKENS"] == "777"
     assert environment["VIRNUCPRO_INBOX"] == str(Path.cwd() / "here")
     assert environment["VIRNUCPRO_DTYPE"] == "float32"
     assert "VIRNUCPRO_LEASE_SECONDS" not in environment
+    assert json.loads(environment["VIRNUCPRO_NOTIFIER_OPTIONS"]) == {"to": "me"}
 
 
 def input_roots_of(settings: Settings, folder: Path) -> set[str]:
