@@ -36,6 +36,9 @@ class FakeMatrix(SimpleNamespace):
     def __len__(self) -> int:
         return len(self.records)
 
+    def take(self, rows: Any) -> Any:
+        return self.embeddings[rows]
+
 
 def run_of(node: str, begin: float, seconds: float, tokens: int) -> ChunkRun:
     started_at = BEGIN + timedelta(seconds=begin)

@@ -71,6 +71,19 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
     assert write_sample(tmp_path / "a", 4).sha256 != write_sample(tmp_path / "b").sha256
 
 
+def test_rows_are_taken_in_the_order_asked_for(tmp_path: Path) -> None:
+    embeddings = np.arange(80, dtype=np.float32).reshape(20, 4)
+    path = tmp_path / "x"
+    write_matrix(path, ["é"] * 20, np.arange(1, 21), embeddings, {})
+    matrix = open_matrix(path, width=4)
+    rows = np.array([19, 0, 7, 7])
+    assert matrix.take(rows).tolist() == embeddings[rows].tolist()
+    assert matrix.take(rows[:0]).shape == (0, 4)
+    path.unlink()
+    with pytest.raises(ArtifactError):
+        matrix.take(rows)
+
+
 def test_a_matrix_cannot_be_changed_through_its_map(tmp_path: Path) -> None:
     write_sample(tmp_path / "m")
     with pytest.raises(ValueError, match="read-only"):

@@ -105,6 +105,21 @@ class Matrix:
     def __len__(self) -> int:
         return len(self.records)
 
+    def take(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """A copy of some rows, float32 (k, width), read one by one: a touched map reads what lies around, too.
+
+        Raises:
+            ArtifactError: the file is gone, or cut short.
+        """
+        taken = np.empty((len(rows), self.embeddings.shape[1]), dtype="<f4")
+        with open_artifact(self.path) as file:
+            start, _ = read_layout(file, self.path).sections()["embeddings"]
+            for row, into in zip(rows.tolist(), taken, strict=True):
+                file.seek(start + row * into.nbytes)
+                for block in read_blocks(file, into.nbytes, self.path):
+                    into[:] = np.frombuffer(block, "<f4")
+        return taken
+
     def ids(self, start: int = 0, stop: int | None = None) -> list[str]:
         """The ids of rows `start` to `stop`.
 

@@ -50,7 +50,7 @@ class Projection:
 def take_sample(matrix: Matrix) -> Sample:
     """Draws rows of a matrix and measures them; reads nothing else of it."""
     rows = draw_rows(len(matrix))
-    embeddings = matrix.embeddings[rows].astype(np.float64)
+    embeddings = matrix.take(rows).astype(np.float64)
     return Sample(
         rows=len(matrix),
         records=matrix.records[rows],
