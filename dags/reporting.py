@@ -72,13 +72,15 @@ def report_file(tx: Connection, file: SubmittedFile, allowed_share: float) -> Fi
 
 def log_report(report: FileReport) -> None:
     """Say in the task's log what became of a file."""
-    facts = {name: value for name, value in report["job"].items() if name != "id"}
+    facts = {"job" if name == "id" else name: value for name, value in report["job"].items()}
     if report["fault"]:
         log.error("the result is not accepted", file=report["path"], fault=report["fault"], **facts)
     else:
         log.info("the result is accepted", file=report["path"], **facts)
     if report["job"].get("demonstration"):
-        log.warning("the weights are RANDOM: these embeddings mean nothing", model=report["job"]["model"])
+        log.warning(
+            "the weights are RANDOM: these embeddings mean nothing", job=facts["job"], model=facts["model"]
+        )
 
 
 def sum_up(asked: Sequence[str], reports: Iterable[FileReport]) -> None:
@@ -105,7 +107,8 @@ def sum_up(asked: Sequence[str], reports: Iterable[FileReport]) -> None:
         truncated=sum(job["truncated"] for job in accepted),
     )
     for path, fault in faults.items():
-        log.error("a file has no accepted result", file=path, fault=fault)
+        job = told[path]["job"].get("id") if path in told else None
+        log.error("a file has no accepted result", file=path, job=job, fault=fault)
     if faults:
         raise JobError(
             f"{len(faults)} of {len(asked)} files have no accepted result",

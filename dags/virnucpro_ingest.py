@@ -159,7 +159,7 @@ def register(
                     requested_by=f"{DAG_ID} {run_id}",
                 )
             except InputError as error:
-                log.warning("the file is refused", file=name, error=str(error))
+                log.warning("the file is refused", file=name, reason=str(error))
                 errors.append(error)
                 files.append({"path": name, "job": None, "refused": str(error)})
             else:

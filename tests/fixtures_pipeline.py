@@ -74,7 +74,20 @@ class Pipeline:
     def start_node(self, module: str, queue: str) -> ServerProcess:
         """A Celery node without a launcher, of a module that brings an application."""
         before = self.live_nodes()
-        command = ["-A", module, "worker", "-n", f"{queue}@test", "-Q", queue, "-P", "prefork", "-c", "1"]
+        command = [
+            "-A",
+            module,
+            "--quiet",
+            "worker",
+            "-n",
+            f"{queue}@test",
+            "-Q",
+            queue,
+            "-P",
+            "prefork",
+            "-c",
+            "1",
+        ]
         node = self._process("node", "celery", *command, "-l", "INFO")
         node.start(lambda: bool(self.live_nodes() - before), seconds=60)
         return node

@@ -17,7 +17,7 @@ from virnucpro_core.gpus import GpuMeter
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.workers import beat, register_worker, retire_worker
 from virnucpro_core.settings import Settings
-from workers.reaper import free_chunks
+from workers.reaper import free_chunks, tell_freed
 
 log = structlog.get_logger()
 
@@ -81,6 +81,7 @@ class Heartbeat:
         except ServiceError as error:
             log.warning("worker_not_retired", node=self.node, worker=self.worker_id, reason=str(error))
         else:
+            tell_freed(freed, "its worker was stopped")
             log.info("worker_retired", node=self.node, worker=self.worker_id, handed_back=len(freed))
 
     def _run(self) -> None:

@@ -54,7 +54,7 @@ class Node:
 
     def command(self) -> list[str]:
         """Prefork with one child: it can be killed and replaced, and the parent answers while it computes."""
-        celery = [sys.executable, "-m", "celery", "-A", "workers.tasks", "worker"]
+        celery = [sys.executable, "-m", "celery", "-A", "workers.tasks", "--quiet", "worker"]
         options = ["-n", f"{self.name}@%h", "-Q", self.queue, "-P", "prefork", "-c", "1", "-l", "INFO"]
         return tied_to_parent([*celery, *options, "--without-gossip", "--without-mingle"], signal.SIGTERM)
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import Context
 from threading import Event
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ from virnucpro_core.ledger.transitions import (
     fail,
 )
 from virnucpro_core.ledger.work import Claim, Work
+from virnucpro_core.logs import about, about_attempt, about_work
 from virnucpro_core.sequences.halving import halve
 from virnucpro_core.settings import Settings
 from workers.cleaning import remove_expired, sweep
@@ -116,7 +118,9 @@ class WorkerProcess:
         """
         self.busy = True
         try:
-            self._run(stage, chunk_id, self.heartbeat.wait_for_worker())
+            worker_id = self.heartbeat.wait_for_worker()
+            with about(chunk=chunk_id, stage=stage, worker=worker_id):
+                self._run(stage, chunk_id, worker_id)
         except VirnucproError:
             raise
         except Exception as error:
@@ -130,15 +134,13 @@ class WorkerProcess:
             self._finish_writing()
         work = in_transaction(self.ledger, describe, chunk_id)
         if isinstance(work, Declined):
-            log.info("message_declined", chunk=chunk_id, reason=work.reason)
+            log.info("message_declined", job=work.job_id, reason=work.reason)
         elif work.stage != stage:
-            reason = f"the chunk's stage is {work.stage}"
-            log.error("message_rejected", chunk=chunk_id, stage=stage, reason=reason)
+            log.error("message_rejected", job=work.job_id, reason=f"the chunk's stage is {work.stage}")
             in_transaction(self.ledger, count_rejections, {RejectionReason.STAGE: 1})
-        elif stage == EXTRACT:
-            self._extract(work, worker_id)
         else:
-            self._run_whole_input(work, worker_id)
+            with about_work(work):
+                (self._extract if stage == EXTRACT else self._run_whole_input)(work, worker_id)
 
     def close(self) -> None:
         """Finish what is being written, then retire. A chunk that was interrupted is handed back."""
@@ -160,12 +162,13 @@ class WorkerProcess:
             # Claimed without a class, so that the job is not pinned to a worker that cannot run it.
             claimed = self._claim(work, worker_id)
             if isinstance(claimed, Claim):
-                self._fail(claimed, error)
+                with about_attempt(claimed):
+                    self._fail(claimed, error)
             return
         execution = model.execution()
         claimed = self._claim(work, worker_id, execution)
         if isinstance(claimed, Declined):
-            log.warning("claim_declined", chunk=work.title, reason=claimed.reason, execution=str(execution))
+            log.warning("claim_declined", reason=claimed.reason, execution=str(execution))
             in_transaction(
                 self.ledger,
                 send_again,
@@ -174,7 +177,6 @@ class WorkerProcess:
                 reason=f"{claimed.reason}; declined by one of {execution}",
             )
             return
-        log.info("claimed", chunk=work.title, attempt=claimed.attempt, deaths=claimed.deaths)
         if claimed.is_suspect:
             self._finish_writing()  # if we die of it, nothing else shall die with it
         if must_be_halved(claimed):
@@ -188,7 +190,7 @@ class WorkerProcess:
             batch = self.look_ahead.take(work)
             if must_be_condemned(claimed):
                 batch = condemn(batch, f"{claimed.deaths} processes ended while they embedded it")
-                log.error("record_condemned", chunk=work.title, ids=batch.ids, setback=claimed.setback)
+                log.error("record_condemned", ids=batch.ids, setback=claimed.setback)
             extraction = extract(batch, model, on_progress=self._count_records)
         if extraction is not None:
             self.heartbeat.gpu_memory_peak = extraction.peak_bytes
@@ -203,7 +205,7 @@ class WorkerProcess:
         with self._attempt(claimed):
             halves = halve(work.location, work.compression, work.range, roots=self.settings.input_folders)
             self.persist(split, claimed, halves)
-            log.warning("chunk_halved", chunk=work.title, deaths=claimed.deaths, setback=claimed.setback)
+            log.warning("chunk_halved", deaths=claimed.deaths, setback=claimed.setback)
 
     def _leave_to_others(self, work: Work, worker_id: int, error: VirnucproError) -> bool:
         """Have a chunk that this process cannot run sent again for another worker; False if no other can take it.
@@ -211,8 +213,8 @@ class WorkerProcess:
         A busy worker may come to it. One that is idle may still be loading the model; but if all others have been
         found idle as often as a chunk has attempts, they cannot run it either.
         """
-        live = in_transaction(self.ledger, live_workers)
-        others = [other for other in live if other.queue == self.heartbeat.queue and other.id != worker_id]
+        same = [one for one in in_transaction(self.ledger, live_workers) if one.queue == self.heartbeat.queue]
+        others = [one for one in same if one.id != worker_id]
         if any(other.chunk_id is not None for other in others):
             del self.others_idle[work.chunk_id]
         else:
@@ -226,7 +228,7 @@ class WorkerProcess:
             delay=OFFER_AGAIN_SECONDS,
             reason=f"a worker said: {error}",
         )
-        log.error("chunk_left_to_others", chunk=work.title, others=len(others), reason=str(error))
+        log.error("chunk_left_to_others", others=len(others), reason=str(error))
         return True
 
     def _finish_writing(self, timeout: float | None = None) -> None:
@@ -242,7 +244,7 @@ class WorkerProcess:
 
     def _claim(self, work: Work, worker_id: int, execution: ExecutionClass | None = None) -> Claim | Declined:
         try:
-            return in_transaction(
+            claimed = in_transaction(
                 self.ledger,
                 claim,
                 work,
@@ -252,8 +254,11 @@ class WorkerProcess:
             )
         except ServiceError as error:
             # We may hold the chunk without knowing: it is freed when this process is replaced.
-            log.warning("claim_unknown", chunk=work.title, reason=str(error))
+            log.warning("claim_unknown", reason=str(error))
             raise SystemExit(UNFIT) from error
+        if isinstance(claimed, Claim):
+            log.info("claimed", attempt=claimed.attempt, deaths=claimed.deaths)
+        return claimed
 
     def _write(self, claimed: Claim, extraction: Extraction) -> None:
         with self._attempt(claimed):
@@ -262,9 +267,8 @@ class WorkerProcess:
     def _run_whole_input(self, work: Work, worker_id: int) -> None:
         claimed = self._claim(work, worker_id)
         if isinstance(claimed, Declined):
-            log.info("claim_declined", chunk=work.title, reason=claimed.reason)
+            log.info("claim_declined", reason=claimed.reason)
             return
-        log.info("claimed", chunk=work.title, attempt=claimed.attempt)
         with self._attempt(claimed):
             try:
                 outcome = WHOLE_INPUT_STAGES[work.stage](self.ledger, work, self.settings)
@@ -276,7 +280,8 @@ class WorkerProcess:
                 sweep(self.ledger, work, outcome.publications, self.settings)
             self._commit(claimed, outcome)
             if work.stage == VALIDATE:
-                remove_expired(self.ledger, self.settings)
+                # In a context of its own: it is about other jobs.
+                Context().run(remove_expired, self.ledger, self.settings)
 
     def _mend(self, work: Work) -> bool:
         """Have damaged artifacts made again, if there are any; the stage that met them then begins anew."""
@@ -284,7 +289,7 @@ class WorkerProcess:
         if not damaged:
             return False
         resumed = self.persist(resume, work.job_id, damaged)
-        log.warning("artifacts_made_again", job=work.job_id, damaged=len(damaged), chunks=resumed.lost)
+        log.warning("artifacts_made_again", damaged=len(damaged), chunks=resumed.lost)
         return True
 
     def _count_records(self, records: int) -> None:
@@ -293,23 +298,24 @@ class WorkerProcess:
     @contextmanager
     def _attempt(self, claimed: Claim) -> Iterator[None]:
         """Ends the claim's attempt in the ledger if the block fails; what nobody foresaw is raised on."""
-        try:
-            yield
-        except StaleLeaseError as error:
-            log.warning("result_dropped", reason=str(error))
-            self._count_duplicate(claimed)
-        except (VirnucproError, SoftTimeLimitExceeded) as error:
-            self._fail(claimed, error)
-        except Exception as error:
-            log.exception("chunk_failed_unexpectedly", chunk=claimed.work.title)
-            self._fail(claimed, error, fatal=True)
-            raise
+        with about_attempt(claimed):
+            try:
+                yield
+            except StaleLeaseError as error:
+                log.warning("result_dropped", reason=str(error))
+                self._count_duplicate(claimed)
+            except (VirnucproError, SoftTimeLimitExceeded) as error:
+                self._fail(claimed, error)
+            except Exception as error:
+                log.exception("chunk_failed_unexpectedly")
+                self._fail(claimed, error, fatal=True)
+                raise
 
     def _count_duplicate(self, claimed: Claim) -> None:
         try:
             in_transaction(self.ledger, count_duplicate, claimed)
         except ServiceError as error:
-            log.warning("duplicate_not_counted", chunk=claimed.work.title, reason=str(error))
+            log.warning("duplicate_not_counted", reason=str(error))
 
     def _fail(self, claimed: Claim, error: Exception, *, fatal: bool = False) -> None:
         said = str(error) if isinstance(error, VirnucproError) else f"{type(error).__name__}: {error}"
@@ -328,11 +334,8 @@ class WorkerProcess:
         except StaleLeaseError as stale:
             log.warning("failure_dropped", reason=str(stale), error=said)
         else:
-            log.error(
-                "chunk_failed", chunk=claimed.work.title, attempt=claimed.attempt, error=said, now=state
-            )
+            log.error("chunk_failed", error=said, now=state)
 
     def _commit(self, claimed: Claim, outcome: Outcome) -> None:
         state = self.persist(commit, claimed, outcome)
-        result = outcome.result
-        log.info("committed", chunk=claimed.work.title, job_state=state, seconds=round(result.seconds, 3))
+        log.info("committed", job_state=state, seconds=round(outcome.result.seconds, 3))

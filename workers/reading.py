@@ -8,12 +8,13 @@ from dataclasses import replace
 import structlog
 from sqlalchemy import Engine
 
-from virnucpro_core.errors import VirnucproError
+from virnucpro_core.errors import InputError, ServiceError
 from virnucpro_core.failures import Failure, FailureReason
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.queries import next_pending
 from virnucpro_core.ledger.transitions import EXTRACT, Declined, describe
 from virnucpro_core.ledger.work import Work
+from virnucpro_core.logs import about_work
 from virnucpro_core.sequences.fasta import RecordBatch, parse_records
 from virnucpro_core.sequences.scan import read_range
 from virnucpro_core.settings import Settings
@@ -89,14 +90,21 @@ class LookAhead:
             for chunk_id in self.batches.keys() - set(likely):
                 self.batches.pop(chunk_id, None)
             for chunk_id in likely:
-                if chunk_id in self.batches:
-                    continue
-                work = in_transaction(self.ledger, describe, chunk_id)
-                if not isinstance(work, Declined) and work.stage == EXTRACT:
-                    self.batches[chunk_id] = read_batch(work, self.settings)
-        except VirnucproError as error:
-            # Whoever claims the chunk meets the same error and records it.
+                if chunk_id not in self.batches:
+                    self._read_chunk(chunk_id)
+        except ServiceError as error:
             log.info("look_ahead_stopped", reason=str(error))
+
+    def _read_chunk(self, chunk_id: int) -> None:
+        work = in_transaction(self.ledger, describe, chunk_id)
+        if isinstance(work, Declined) or work.stage != EXTRACT:
+            return
+        with about_work(work):
+            try:
+                self.batches[chunk_id] = read_batch(work, self.settings)
+            except InputError as error:
+                # Whoever claims the chunk meets the same error and records it.
+                log.info("chunk_not_read_ahead", reason=str(error))
 
 
 def report_error(reading: Future[None]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import structlog
 from sqlalchemy import Connection, Engine, text
 
@@ -14,6 +16,7 @@ from virnucpro_core.ledger.workers import (
     expire_workers,
     take_back,
 )
+from virnucpro_core.logs import about
 from virnucpro_core.settings import Settings
 
 log = structlog.get_logger()
@@ -48,9 +51,21 @@ def free_chunks(ledger: Engine, worker_id: int, reason: str, settings: Settings)
     except ServiceError as error:
         log.warning("chunks_not_freed", worker=worker_id, reason=str(error))
         return []
-    for chunk in freed:
-        log.warning("chunk_freed", chunk=chunk.chunk_id, job=chunk.job_id, worker=worker_id, now=chunk.state)
+    tell_freed(freed, reason)
     return freed
+
+
+def tell_freed(freed: Sequence[Recovered], reason: str) -> None:
+    """Log which chunks have been taken back from a worker."""
+    for chunk in freed:
+        with about(
+            job=chunk.job_id,
+            chunk=chunk.chunk_id,
+            stage=chunk.stage,
+            attempt=chunk.attempt,
+            worker=chunk.worker_id,
+        ):
+            log.warning("chunk_freed", now=chunk.state, reason=reason)
 
 
 def take_back_soon(tx: Connection, worker_id: int, reason: str, max_attempts: int) -> list[Recovered]:

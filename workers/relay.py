@@ -32,7 +32,7 @@ from virnucpro_core.ledger.outbox import (
     take_overdue,
 )
 from virnucpro_core.ledger.transitions import OUTBOX_CHANNEL
-from virnucpro_core.logs import configure_logging
+from virnucpro_core.logs import about, configure_logging
 from virnucpro_core.settings import Settings, load_settings
 from workers.app import app, check_broker
 from workers.messages import task_name
@@ -164,6 +164,8 @@ class Relay:
                 queue=message.queue,
                 ignore_result=True,
             )
+            with about(job=message.job_id, chunk=message.chunk_id, stage=message.stage, title=message.title):
+                log.info("message_sent", queue=message.queue)
 
     def _is_empty(self, queue: str) -> bool:
         """Whether the broker holds no message of a queue that nobody has taken yet."""

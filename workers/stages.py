@@ -251,14 +251,7 @@ def check_result(
         for row in made:
             if row.kind == MERGED:
                 errors += validate_merged(as_written(row, settings), matrix)
-    log.info(
-        "validated",
-        job=work.job_id,
-        passed=not errors,
-        errors=errors,
-        rows=verdict.rows,
-        failures=len(failed),
-    )
+    log.info("validated", passed=not errors, errors=errors, rows=verdict.rows, failures=len(failed))
     if errors:
         raise MismatchError(
             f"the result is not valid: {'; '.join(errors)}",

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import cache
 from typing import Any
 
 from celery import Task
-from celery.signals import celeryd_init, worker_process_init, worker_process_shutdown, worker_shutting_down
+from celery.signals import (
+    celeryd_init,
+    setup_logging,
+    worker_process_init,
+    worker_process_shutdown,
+    worker_shutting_down,
+)
 
 from virnucpro_core.logs import configure_logging
 from virnucpro_core.settings import load_settings
@@ -19,6 +26,9 @@ from workers.shutdown import bound_shutdown
 
 LAUNCHER = os.getppid()
 
+TASK_LOGGERS = ("celery.worker.strategy", "celery.app.trace")
+"""They tell that a task came and ended, but of which job it is only we can tell, and do."""
+
 
 @cache
 def process_of(node: str) -> WorkerProcess:
@@ -28,8 +38,14 @@ def process_of(node: str) -> WorkerProcess:
 
 
 @celeryd_init.connect  # type: ignore[untyped-decorator]
+@setup_logging.connect  # type: ignore[untyped-decorator]
 def prepare(**_: Any) -> None:
+    """Have what Celery says come out as our own lines do: before its first word, and where it would set up text."""
     configure_logging()
+    logging.captureWarnings(True)  # noqa: FBT003 - the function has no other name for it
+    logging.getLogger("celery").setLevel(logging.INFO)
+    for name in TASK_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]

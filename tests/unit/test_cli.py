@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -185,21 +187,33 @@ def test_residues_strict_fails_what_unknown_accepts(
     assert counts == [(2, {}, 1), (1, {"invalid_residue": 1}, 0)]
 
 
+def read_to_the_end(leader: int) -> str:
+    """What is written to a terminal until its other side is closed."""
+    seen = b""
+    with suppress(OSError):  # how Linux says that it is
+        while part := os.read(leader, 100_000):
+            seen += part
+    return seen.decode()
+
+
 def test_progress_is_shown_only_on_a_terminal(proteins: Path, demo_checkpoint: Path, tmp_path: Path) -> None:
     arguments = ["extract", proteins, "-o", tmp_path / "x.pt", "--model", demo_checkpoint]
     piped = run_process(*arguments)
     assert (piped.returncode, piped.stderr) == (0, "")
     leader, follower = pty.openpty()
-    ended = subprocess.run(
-        [sys.executable, "-c", RUN_MAIN, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=follower,
-        env=os.environ | {"TERM": "xterm"},
-        check=True,
-        timeout=120,
-    )
-    os.close(follower)
-    seen = os.read(leader, 100_000).decode()
+    with ThreadPoolExecutor(1) as pool:
+        # Read all the while: a terminal holds a few thousand bytes, and then its writer waits.
+        reading = pool.submit(read_to_the_end, leader)
+        ended = subprocess.run(
+            [sys.executable, "-c", RUN_MAIN, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=follower,
+            env=os.environ | {"TERM": "xterm"},
+            check=True,
+            timeout=120,
+        )
+        os.close(follower)
+        seen = reading.result()
     os.close(leader)
     assert "embedding proteins.fasta" in seen
     assert b"embedding proteins.fasta" not in ended.stdout

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, text
 class Message:
     """A hint that a chunk is waiting. `title` is for people who watch queues."""
 
+    job_id: int
     chunk_id: int
     stage: str
     queue: str
@@ -119,7 +120,7 @@ def messages(tx: Connection, chunk_ids: Sequence[int]) -> list[Message]:
         return []
     rows = tx.execute(
         text("""
-            SELECT c.id, c.stage, s.queue,
+            SELECT c.job_id, c.id, c.stage, s.queue,
                    format('job %s %s: %s chunk %s of %s', j.id,
                           (SELECT stem FROM submissions WHERE job_id = j.id ORDER BY id LIMIT 1),
                           c.stage, c.ordinal + 1, j.chunks_total) AS title
@@ -128,7 +129,7 @@ def messages(tx: Connection, chunk_ids: Sequence[int]) -> list[Message]:
         """),
         {"chunks": list(chunk_ids)},
     )
-    return [Message(row.id, row.stage, row.queue, row.title) for row in rows]
+    return [Message(row.job_id, row.id, row.stage, row.queue, row.title) for row in rows]
 
 
 def seconds_until_due(tx: Connection, limit: float) -> float:

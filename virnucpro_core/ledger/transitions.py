@@ -102,6 +102,7 @@ class Declined:
 
     chunk_id: int
     reason: str
+    job_id: int | None = None
 
 
 def work_from_row(row: Row[Any]) -> Work:
@@ -137,9 +138,9 @@ def describe(tx: Connection, chunk_id: int) -> Work | Declined:
     if row is None:
         return Declined(chunk_id, "no such chunk")
     if row.job_state != "running":
-        return Declined(chunk_id, f"its job is {row.job_state}")
+        return Declined(chunk_id, f"its job is {row.job_state}", row.job_id)
     if row.chunk_state != "pending":
-        return Declined(chunk_id, f"it is {row.chunk_state}")
+        return Declined(chunk_id, f"it is {row.chunk_state}", row.job_id)
     return work_from_row(row)
 
 

@@ -20,6 +20,8 @@ class Recovered:
 
     chunk_id: int
     job_id: int
+    stage: str
+    attempt: int
     worker_id: int
     state: str
 
@@ -108,7 +110,7 @@ def retire_worker(tx: Connection, worker_id: int) -> list[Recovered]:
             {"id": chunk.id},
         )
         enqueue(tx, chunk.id)
-        freed.append(Recovered(chunk.id, chunk.job_id, worker_id, "pending"))
+        freed.append(Recovered(chunk.id, chunk.job_id, chunk.stage, chunk.attempts, worker_id, "pending"))
     return freed
 
 
@@ -165,10 +167,11 @@ def chunks_of_the_gone(tx: Connection) -> list[int]:
 
 def take_back(tx: Connection, worker_id: int, reason: str, *, max_attempts: int) -> list[Recovered]:
     """Free the chunks of a worker that is dead, or as good as dead; `reason` is kept as their last error."""
-    return [
-        Recovered(chunk.id, chunk.job_id, worker_id, note_death(tx, chunk, reason, max_attempts=max_attempts))
-        for chunk in lock_held(tx, worker_id)
-    ]
+    freed = []
+    for chunk in lock_held(tx, worker_id):
+        state = note_death(tx, chunk, reason, max_attempts=max_attempts)
+        freed.append(Recovered(chunk.id, chunk.job_id, chunk.stage, chunk.attempts, worker_id, state))
+    return freed
 
 
 def lock_held(tx: Connection, worker_id: int) -> Iterator[Row[Any]]:

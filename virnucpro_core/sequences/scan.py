@@ -65,24 +65,27 @@ def scan_input(
     path: str | Path,
     *,
     chunk_tokens: int,
-    spool_root: Path,
+    spool_root: Path | None,
     roots: Sequence[Path] = ANYWHERE,
     max_expansion: float = MAX_EXPANSION,
     truncation: int = TRUNCATION,
     allow_nucleotides: bool = False,
     on_progress: Callable[[int], None] | None = None,
+    on_block: Callable[[bytes], None] | None = None,
 ) -> ScannedInput:
     """Reads a FASTA file once, in memory that does not grow with it.
 
     Args:
         path: plain, gzip, bgzip or zstd FASTA; bytes decide, not the name.
         chunk_tokens: tokens of a chunk at most; a record that has more is a chunk alone.
-        spool_root: folder where gzip and zstd inputs get an uncompressed copy.
+        spool_root: folder where gzip and zstd inputs get an uncompressed copy; None for no copy, where nobody will
+            read ranges of the input.
         roots: folders that the file must lie below, wherever its path leads.
         max_expansion: how many times its own size a compressed file may unpack to.
         truncation: residues of a record that count as tokens.
         allow_nucleotides: take nucleotides for proteins.
         on_progress: called with the bytes read from disk so far.
+        on_block: called with the uncompressed bytes, block by block.
 
     Raises:
         OutsideError: the file lies below none of the roots.
@@ -98,7 +101,7 @@ def scan_input(
         compression = detect_compression(file.read(18))
         file.seek(0)
         copy = None
-        if compression in (Compression.GZIP, Compression.ZSTD):
+        if spool_root is not None and compression in (Compression.GZIP, Compression.ZSTD):
             copy = stack.enter_context(SpooledCopy(spool_root))
         hashes = stack.enter_context(HashThread())
         digest = hashlib.sha256()
@@ -127,6 +130,8 @@ def scan_input(
             if copy is not None:
                 copy.write(block)
             cutter.feed(block)
+            if on_block is not None:
+                on_block(block)
         chunks = cutter.finish()
         sha256 = hashes.hexdigest(digest).result()
         after = os.fstat(file.fileno())

@@ -1,0 +1,72 @@
+"""The log files of a job's programs, read back: every line is JSON, and one job can be followed by its id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.fixtures_pipeline import Pipeline
+
+pytestmark = pytest.mark.integration
+pytest_plugins = ["tests.fixtures_pipeline"]
+
+IN_HAND = {"job", "chunk", "stage", "title", "attempt", "worker"}
+"""What every line about a chunk names that a worker has claimed."""
+
+
+def read_lines(pipeline: Pipeline, program: str) -> list[dict[str, Any]]:
+    """The lines that a program has written; a line that is no JSON fails the test.
+
+    But for one that Celery's signal handler prints, past all logging, and the line feed before it.
+    """
+    text = "".join(path.read_text() for path in sorted(pipeline.folder.glob(f"{program}-*.log")))
+    lines = [line for line in text.splitlines() if line not in ("", "worker: Warm shutdown (MainProcess)")]
+    return [json.loads(line) for line in lines]
+
+
+def test_one_job_is_followed_by_its_id(pipeline: Pipeline, small_fasta: Path) -> None:
+    other = small_fasta.with_name("other.fasta")
+    other.write_text(">a\nMKVLAG\n")
+    missing = small_fasta.with_name("missing.fasta")
+    missing.write_text(">m\nMKVLAGI\n")
+    pipeline.configure(max_attempts=1)
+    job, second, lost = (pipeline.submit(path).job_id for path in (small_fasta, other, missing))
+    missing.unlink()
+    pipeline.start_relay()
+    workers = pipeline.start_workers()
+    assert [pipeline.wait_for(one).state for one in (job, second, lost)] == [
+        "succeeded",
+        "succeeded",
+        "failed",
+    ]
+    workers.stop()
+
+    sent = [line for line in read_lines(pipeline, "relay") if line.get("job") == job]
+    told = read_lines(pipeline, "workers")
+    done = [line for line in told if line.get("job") == job]
+    chunks = {row.id: row for row in pipeline.rows("SELECT * FROM chunks WHERE job_id = :job", job=job)}
+    assert len(chunks) > 4
+    assert {line["chunk"] for line in sent if line["event"] == "message_sent"} == set(chunks)
+    for event in ("claimed", "committed"):
+        lines = [line for line in done if line["event"] == event]
+        assert sorted(line["chunk"] for line in lines) == sorted(chunks)
+        for line in lines:
+            chunk = chunks[line["chunk"]]
+            assert line.keys() >= IN_HAND
+            assert (line["attempt"], line["worker"], line["stage"]) == (1, chunk.worker_id, chunk.stage)
+            assert line["title"].startswith(f"job {job} small: {chunk.stage} chunk {chunk.ordinal + 1} of ")
+    assert {"validated"} <= {line["event"] for line in done}
+
+    for line in told:
+        assert "chunk" not in line or line["job"] in (job, second, lost), line
+        if "attempt" in line:
+            assert line.keys() >= IN_HAND, line
+    (failed,) = (line for line in told if line["event"] == "chunk_failed")
+    assert (failed["job"], failed["now"], failed["level"]) == (lost, "failed", "error")
+    assert "the input cannot be read" in failed["error"]
+    # Celery's own lines are of the same kind.
+    assert any(line.get("logger", "").startswith("celery") for line in told)
