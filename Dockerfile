@@ -31,12 +31,14 @@ COPY virnucpro_core virnucpro_core
 COPY workers workers
 COPY dags dags
 COPY migrations migrations
+RUN /opt/venv/bin/python -m compileall -q .
 
+# Whatever user runs it has a name, which Airflow asks for.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \
-    PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
+    USER=virnucpro \
     AIRFLOW_HOME=/airflow \
     TRITON_CACHE_DIR=/cache/triton
 USER 1000:1000

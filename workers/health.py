@@ -43,8 +43,11 @@ def check_workers(settings: Settings, celery: Celery, queues: Collection[str], h
             f"no worker for {' and '.join(missing)} has a fresh heartbeat", where=host, todo="Read its log."
         )
     check_broker(celery)
-    inspector = celery.control.inspect(destination=list(nodes), timeout=ANSWER_SECONDS)
-    answers = inspector.active_queues() or {}
+    # With a limit it returns as soon as all have answered.
+    replies = celery.control.broadcast(
+        "active_queues", reply=True, destination=list(nodes), limit=len(nodes), timeout=ANSWER_SECONDS
+    )
+    answers = {node: queues for reply in replies or () for node, queues in reply.items()}
     for node, queue in nodes.items():
         if node not in answers:
             raise ServiceError("the node does not answer", where=node, todo="Read its log.")
