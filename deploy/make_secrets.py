@@ -46,7 +46,10 @@ def make_contents(read: Callable[[str], str]) -> Mapping[str, Callable[[], str]]
         return lambda: f"postgresql+psycopg://{role}:{read(password)}@postgres:5432/{database}"
 
     return {
-        **{f"{name}_password": make_token for name in ("postgres", "owner", "dag", "worker", "airflow", "broker")},
+        **{
+            f"{name}_password": make_token
+            for name in ("postgres", "owner", "dag", "worker", "airflow", "broker")
+        },
         **{
             f"{role}_database_url": database_url(f"virnucpro_{role}", "virnucpro", f"{role}_password")
             for role in ("owner", "dag", "worker")
@@ -106,7 +109,9 @@ def read_variables(file: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make the secrets and folders that docker-compose.yml needs.")
+    parser = argparse.ArgumentParser(
+        description="Make the secrets and folders that docker-compose.yml needs."
+    )
     parser.add_argument("--rotate", nargs="+", choices=[*PASSWORDS, "all"], default=[], help="replace these")
     options = parser.parse_args()
     variables = read_variables(PROJECT / ".env")
