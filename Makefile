@@ -17,15 +17,17 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down lint test test-system test-gpu chaos fuzz bench bench-gpu
+.PHONY: help setup run up down lint test test-system test-gpu chaos fuzz bench bench-gpu secrets compose-test
 
 help:
 	@echo "make run          set up, start everything, embed $$FASTA, print a summary, stop"
 	@echo 'make test         set up, then every check and test that needs no GPU, root or browser'
 	@echo 'make setup        .venv with the pinned dependencies'
 	@echo 'make up, down     start the stack and keep it; stop it'
+	@echo 'make secrets      what docker-compose.yml needs before its first start (docs/operations.md)'
 	@echo 'make lint         style, types, and which room may import which'
 	@echo 'make test-system  the tests that need root or system packages'
+	@echo 'make compose-test the deployment with Docker: build, start, restart all of it in mid-job, check, take down'
 	@echo 'make test-gpu     the tests that need an NVIDIA GPU'
 	@echo 'make chaos        each fault, then SEEDS=$(SEEDS) schedules of them, and whether every promise was kept'
 	@echo 'make fuzz         hostile files and messages, RUNS of them'
@@ -62,6 +64,13 @@ test: lint
 
 test-system: $(INSTALLED)
 	$(BIN)/pytest -m system
+
+# Needs no .venv: a host that only runs containers has none.
+secrets:
+	@$(PYTHON) deploy/make_secrets.py
+
+compose-test: $(INSTALLED)
+	$(BIN)/pytest -m system tests/compose
 
 test-gpu: $(INSTALLED)
 	$(BIN)/pytest -m gpu

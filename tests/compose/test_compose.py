@@ -68,13 +68,17 @@ def deployment(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iter
         deployment.down()
 
 
-def write_fasta(path: Path) -> None:
-    """A thousand proteins of 200 to 400 residues, three of them bad: minutes of work for one core."""
-    draw = random.Random(7)
-    records = [
-        f">protein_{number}\n{''.join(draw.choices(RESIDUES, k=draw.randint(200, 400)))}\n"
-        for number in range(RECORDS)
+def make_records(number: int, seed: int) -> list[str]:
+    """Proteins of 200 to 400 residues."""
+    draw = random.Random(seed)
+    return [
+        f">protein_{k}\n{''.join(draw.choices(RESIDUES, k=draw.randint(200, 400)))}\n" for k in range(number)
     ]
+
+
+def write_fasta(path: Path) -> None:
+    """A thousand proteins, three of them bad: minutes of work for one core."""
+    records = make_records(RECORDS, seed=7)
     for number, record in BAD.items():
         records[number] = record
     path.write_text("".join(records))
@@ -179,6 +183,60 @@ def test_selftest_passes_in_the_workers_container(deployment: Deployment) -> Non
     )
     assert said.count("[PASS]") == 11
     assert "[FAIL]" not in said
+
+
+def test_drained_worker_loses_nothing(deployment: Deployment) -> None:
+    """It finishes or hands back what it has in hand, retires, and ends with 0; no attempt is counted."""
+    (deployment.folder / "input" / "some.fasta").write_text("".join(make_records(150, seed=8)))
+    (submitted,) = deployment.ask("submit", "/data/input/some.fasta", "--model", "demo")
+    job = submitted["job"]
+    running = f"SELECT 1 FROM chunks WHERE job_id = {job} AND state = 'running'"
+    deployment.wait_until(lambda: deployment.query(running) != [], "at work", ["worker-cpu"])
+    deployment.run("stop", "worker-cpu")
+    done = deployment.engine.run(
+        "docker", "ps", "--all", "--quiet", "--filter", "label=com.docker.compose.service=worker-cpu"
+    )
+    codes = deployment.engine.run(
+        "docker", "inspect", "--format", "{{.State.ExitCode}}", *done.stdout.split()
+    ).stdout
+    assert codes == "0\n"
+    assert deployment.query("SELECT node FROM workers WHERE state = 'live' AND queue = 'extract'") == []
+    assert deployment.query(running) == []
+    deployment.run("start", "worker-cpu")
+    deployment.wait_until(
+        lambda: deployment.query(f"SELECT state FROM jobs WHERE id = {job}") == [["succeeded"]],
+        "done",
+        ["worker-cpu"],
+    )
+    assert deployment.query(f"SELECT DISTINCT attempts, deaths FROM chunks WHERE job_id = {job}") == [
+        ["1", "0"]
+    ]
+
+
+def test_ledger_is_restored_from_its_backup(deployment: Deployment) -> None:
+    backup = deployment.folder / "virnucpro.dump"
+    roles = "/docker-entrypoint-initdb.d/roles.sql"
+    in_postgres = [*deployment.compose, "exec", "-T", "postgres"]
+
+    def with_file(direction: str, *command: str) -> None:
+        script = f'file=$1; shift; exec "$@" {direction} "$file"'
+        deployment.engine.run("sh", "-euc", script, "sh", str(backup), *in_postgres, *command, folder=PROJECT)
+
+    before = deployment.query("SELECT * FROM jobs ORDER BY id")
+    with_file(">", "pg_dump", "--username=postgres", "--format=custom", "virnucpro")
+    deployment.run("stop")
+    deployment.run("up", "-d", "postgres")
+    deployment.wait_healthy(["postgres"])
+    for command in (
+        ["dropdb", "--username=postgres", "--force", "--if-exists", "virnucpro"],
+        ["psql", "--username=postgres", "--quiet", f"--file={roles}"],
+    ):
+        deployment.engine.run(*in_postgres, *command, folder=PROJECT)
+    with_file("<", "pg_restore", "--username=postgres", "--dbname=virnucpro", "--exit-on-error")
+    deployment.up()
+    deployment.wait_healthy([name for name in deployment.services() if name not in ONE_SHOTS])
+    assert deployment.query("SELECT * FROM jobs ORDER BY id") == before
+    assert deployment.ask("verify", "1")["passed"]
 
 
 def test_rotated_passwords_replace_the_old_ones(deployment: Deployment) -> None:
