@@ -19,17 +19,19 @@ INSTALLED := .venv/installed
 IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down lint docs test test-system screenshots test-gpu chaos fuzz bench bench-gpu
+.PHONY: help setup run up down secrets lint docs test test-system screenshots compose-test test-gpu chaos fuzz bench bench-gpu
 
 help:
 	@echo "make run          set up, start everything, embed $$FASTA, print a summary, stop"
 	@echo 'make test         set up, then every check and test that needs no GPU, root or browser'
 	@echo 'make setup        .venv with the pinned dependencies'
 	@echo 'make up, down     start the stack and keep it; stop it'
+	@echo 'make secrets      what docker-compose.yml needs before its first start (docs/operations.md)'
 	@echo 'make lint         style, types, and which room may import which'
 	@echo 'make docs         docs/reference.md, from the code'
 	@echo 'make test-system  the tests that need root or system packages (chromium and its driver among them)'
 	@echo 'make screenshots  what those in the browser see, into docs/screenshots'
+	@echo 'make compose-test the deployment with Docker: build, start, restart all of it in mid-job, check, take down'
 	@echo 'make test-gpu     the tests that need an NVIDIA GPU'
 	@echo 'make chaos        each fault, then SEEDS=$(SEEDS) schedules of them, and whether every promise was kept'
 	@echo 'make fuzz         hostile files and messages, RUNS of them'
@@ -72,6 +74,13 @@ test-system: $(INSTALLED)
 
 screenshots: $(INSTALLED)
 	SCREENSHOTS=docs/screenshots $(BIN)/pytest -m system -k browser
+
+# Needs no .venv: a host that only runs containers has none.
+secrets:
+	@$(PYTHON) deploy/make_secrets.py
+
+compose-test: $(INSTALLED)
+	$(BIN)/pytest -m system tests/compose
 
 test-gpu: $(INSTALLED)
 	$(BIN)/pytest -m gpu

@@ -7,7 +7,7 @@ from sqlalchemy import create_engine, pool
 
 from virnucpro_core.ledger.tables import Base
 
-LOCK = 0x7669726E  # any number that only our migrations use
+LOCK = 0x6D696772  # any number that only our migrations use: the relay holds another for as long as it lives ("migr")
 
 
 def run_migrations() -> None:

@@ -63,11 +63,13 @@ class Pipeline:
         relay.start(lambda: ready in read_tail(relay.log), seconds=60)
         return relay
 
-    def start_workers(self, queues: str = "extract,finish") -> ServerProcess:
+    def start_workers(self, queues: str = "extract,finish", *options: str) -> ServerProcess:
         """A launcher, returned once a node for each of the queues is live, on the CPU."""
         before = self.live_nodes()
         nodes = len(queues.split(","))
-        launcher = self._process("workers", "workers.launcher", "--gpus", "none", "--queues", queues)
+        launcher = self._process(
+            "workers", "workers.launcher", "--gpus", "none", "--queues", queues, *options
+        )
         launcher.start(lambda: len(self.live_nodes() - before) == nodes, seconds=60)
         return launcher
 

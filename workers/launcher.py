@@ -105,10 +105,14 @@ class RunningNode:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(number)
 
-    def wait(self) -> None:
-        """Return when the process is gone."""
+    def wait(self, deadline: float | None = None) -> bool:
+        """Return when the process is gone, or at a time of the monotonic clock; whether it is gone."""
         if self.process is not None:
-            self.process.wait()
+            try:
+                self.process.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                return False
+        return True
 
 
 def plan_nodes(gpus: Sequence[Gpu], queues: Iterable[str], lock_folder: Path = LOCK_FOLDER) -> list[Node]:
@@ -150,8 +154,12 @@ def _first_free(kind: str, queue: str, folder: Path) -> Node:
     raise AssertionError("numbers do not end")
 
 
-def run(nodes: Sequence[Node], stop: Event) -> None:
-    """Keep nodes running until told to stop; then let each finish the chunk in hand."""
+def run(nodes: Sequence[Node], stop: Event, stop_within: float | None = None) -> None:
+    """Keep nodes running until told to stop; then let each finish the chunk in hand.
+
+    Args:
+        stop_within: seconds after which a chunk that is still in hand is handed back instead; None waits for it.
+    """
     running = [RunningNode(node) for node in nodes]
     while not stop.is_set():
         for node in running:
@@ -167,14 +175,19 @@ def run(nodes: Sequence[Node], stop: Event) -> None:
         signal.signal(number, hurry)
     for node in running:
         node.signal(signal.SIGTERM)
-    for node in running:
-        node.wait()
+    deadline = None if stop_within is None else time.monotonic() + stop_within
+    if not all(node.wait(deadline) for node in running):
+        log.warning("chunks_handed_back", reason=f"they were not finished within {stop_within:g} s")
+        hurry()
+        for node in running:
+            node.wait()
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="virnucpro worker", description="Run workers until told to stop.")
     parser.add_argument("--gpus", default="all", help="all, none (the CPU), or numbers such as 0,1")
     parser.add_argument("--queues", default=",".join(QUEUES), help="extract, finish, or both")
+    parser.add_argument("--stop-within", type=float, help="seconds for the chunks in hand when told to stop")
     return parser.parse_args(arguments)
 
 
@@ -194,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VirnucproError as error:
         log.error("worker_cannot_start", reason=str(error))  # noqa: TRY400 - a trace would hide the reason
         return error.exit_code
-    run(nodes, stop)
+    run(nodes, stop, options.stop_within)
     return 0
 
 

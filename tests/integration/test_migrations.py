@@ -11,6 +11,7 @@ from sqlalchemy import create_engine, inspect
 from virnucpro_core.errors import ServiceError
 from virnucpro_core.ledger.database import alembic_config, check_migrated, open_ledger, upgrade
 from virnucpro_core.ledger.tables import Base
+from workers.relay import RELAY_LOCK
 
 pytestmark = pytest.mark.integration
 
@@ -31,6 +32,14 @@ def test_upgrade_can_be_repeated_and_undone(database_url: str) -> None:
     command.downgrade(alembic_config(database_url), "base")
     engine = create_engine(database_url)
     assert inspect(engine).get_table_names() == ["alembic_version"]
+    engine.dispose()
+
+
+def test_upgrade_does_not_wait_for_a_relay_that_serves(ledger_url: str) -> None:
+    engine = create_engine(ledger_url)
+    with engine.connect() as relay:
+        relay.exec_driver_sql(f"SELECT pg_advisory_lock({RELAY_LOCK})")
+        upgrade(f"{ledger_url}?options=-c%20lock_timeout%3D2s")
     engine.dispose()
 
 

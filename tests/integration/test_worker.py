@@ -234,6 +234,18 @@ def test_hurried_worker_hands_its_chunk_back(pipeline: Pipeline, long_fasta: Pat
     assert pipeline.rows("SELECT state, attempts FROM chunks") == [("pending", 0)]
 
 
+def test_worker_hands_back_what_it_cannot_finish_in_time(pipeline: Pipeline, long_fasta: Path) -> None:
+    pipeline.configure(chunk_tokens=100_000)
+    pipeline.start_relay()
+    extracting = pipeline.start_workers("extract", "--stop-within", "0.1")
+    pipeline.submit(long_fasta)
+    pipeline.wait_until(lambda: running_child(pipeline))
+    assert extracting.process is not None
+    extracting.process.terminate()
+    assert extracting.process.wait(30) == 0
+    assert pipeline.rows("SELECT state, attempts FROM chunks") == [("pending", 0)]
+
+
 def test_damaged_artifacts_are_made_again(pipeline: Pipeline, long_fasta: Path) -> None:
     pipeline.start_relay()
     pipeline.start_workers("extract")

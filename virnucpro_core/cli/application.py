@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from virnucpro_core.cli import estimate, explain, files, jobs, services, submissions, weights
+from virnucpro_core.cli import estimate, explain, files, health, jobs, services, submissions, weights
 from virnucpro_core.cli.output import print_error
 from virnucpro_core.errors import VirnucproError
 from virnucpro_core.logs import configure_logging
@@ -42,7 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (files, weights, submissions, jobs, explain, estimate, services):
+for module in (files, weights, submissions, jobs, explain, estimate, services, health):
     module.add_commands(app)
 
 

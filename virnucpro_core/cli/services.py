@@ -40,13 +40,23 @@ def worker(
         str,
         typer.Option(metavar="NAMES", help="`extract` computes embeddings, `finish` merges and validates."),
     ] = "extract,finish",
+    stop_within: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            help="When told to stop, hand chunks back that take longer than this.",
+            show_default="wait for them",
+        ),
+    ] = None,
 ) -> None:
     """Work on jobs until told to stop: a node per GPU (or one on the CPU), and one that merges and validates.
 
     SIGTERM and Ctrl-C let each node finish its chunk; what a worker does not finish is done by others. Needs
     the ledger's and the broker's URL, and `virnucpro relay` running once beside all workers.
     """
-    become("workers.launcher", "--gpus", gpus, "--queues", queues)
+    limit = () if stop_within is None else ("--stop-within", str(stop_within))
+    become("workers.launcher", "--gpus", gpus, "--queues", queues, *limit)
 
 
 def relay() -> None:

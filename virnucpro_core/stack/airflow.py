@@ -148,14 +148,7 @@ class Airflow:
 
     def is_healthy(self, component: str) -> bool:
         """Whether Airflow's own health page calls a component healthy."""
-        try:
-            answer = httpx.get(f"{self.url}/api/v2/monitor/health", timeout=5)
-        except httpx.TransportError:
-            return False
-        if not answer.is_success:
-            return False
-        part = answer.json().get(HEALTH[component]) or {}
-        return bool(part.get("status") == "healthy")
+        return is_healthy(self.url, component)
 
     def log_in(self) -> httpx.Client:
         """A client of the REST API (base /api/v2) with the user's token.
@@ -164,6 +157,18 @@ class Airflow:
             ServiceError: the login was refused.
         """
         return log_in(self.url, self.secrets.read("airflow-admin"))
+
+
+def is_healthy(url: str, component: str) -> bool:
+    """Whether the health page of the Airflow at `url` calls a component healthy."""
+    try:
+        answer = httpx.get(f"{url}/api/v2/monitor/health", timeout=5)
+    except httpx.TransportError:
+        return False
+    if not answer.is_success:
+        return False
+    part = answer.json().get(HEALTH[component]) or {}
+    return bool(part.get("status") == "healthy")
 
 
 def log_in(url: str, password: str) -> httpx.Client:

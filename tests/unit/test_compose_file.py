@@ -1,0 +1,130 @@
+"""docker-compose.yml, .env.example and the secrets fit together."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from virnucpro_core.settings import PREFIX, Settings
+
+pytestmark = pytest.mark.unit
+
+PROJECT = Path(__file__).resolve().parents[2]
+NOT_OURS = {"postgres", "broker", "prometheus", "grafana"}
+ONE_SHOTS = {"migrate", "airflow-migrate", "cli"}
+
+
+@pytest.fixture(scope="module")
+def file() -> dict[str, Any]:
+    """docker-compose.yml with its anchors resolved."""
+    loaded: dict[str, Any] = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def maker() -> dict[str, Any]:
+    """What deploy/make_secrets.py defines."""
+    return runpy.run_path(str(PROJECT / "deploy" / "make_secrets.py"))
+
+
+def test_every_setting_reaches_the_containers(file: dict[str, Any]) -> None:
+    """Those with a URL in them are secrets, and come from files."""
+    plain = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields if not name.endswith("_url")}
+    for service in ("worker-gpu", "worker-cpu", "finish", "relay", "scheduler", "cli"):
+        environment = file["services"][service]["environment"]
+        assert plain - set(environment) == set(), service
+        unknown = {
+            name for name in environment if name.startswith(PREFIX) and not name.endswith("_FILE")
+        } - plain
+        assert unknown == set(), service
+
+
+def test_every_variable_is_explained(file: dict[str, Any]) -> None:
+    used = set()
+    for path in (PROJECT / "docker-compose.yml", *(PROJECT / "deploy").glob("*.yml")):
+        used |= set(re.findall(r"(?<!\$)\$\{(\w+)", path.read_text()))
+    used |= {name for name, value in file["x-settings"].items() if value is None} | {"OMP_NUM_THREADS"}
+    lines = (PROJECT / ".env.example").read_text().splitlines()
+    explained = {
+        match[1]: place for place, line in enumerate(lines) if (match := re.match(r"#?([A-Z_0-9]+)=", line))
+    }
+    assert used | {"COMPOSE_PROFILES"} == set(explained)
+
+
+def test_defaults_are_those_that_are_shown(file: dict[str, Any]) -> None:
+    shown = dict(re.findall(r"^([A-Z_0-9]+)=(.*)$", (PROJECT / ".env.example").read_text(), re.MULTILINE))
+    text = (PROJECT / "docker-compose.yml").read_text()
+    for name, default in re.findall(r"(?<!\$)\$\{(\w+):-([^}]*)\}", text):
+        assert shown.get(name, "") == default, name
+    for name in file["x-settings"]:
+        field = Settings.model_fields[name.removeprefix(PREFIX).lower()]
+        if name in shown and field.default is not None:
+            assert (
+                type(field.default)(shown[name]) == field.default or shown[name] == str(field.default).lower()
+            )
+
+
+def test_every_service_has_what_keeps_it_running(file: dict[str, Any]) -> None:
+    for name, service in file["services"].items():
+        if name in ONE_SHOTS:
+            assert service["restart"] == "no", name
+            continue
+        assert service["restart"] == "unless-stopped", name
+        assert service["healthcheck"]["test"], name
+    for name in set(file["services"]) - NOT_OURS:
+        assert file["services"][name]["cap_drop"] == ["ALL"], name
+
+
+def test_who_gets_which_secret(file: dict[str, Any]) -> None:
+    """A role's URL is where the role works, and nowhere else."""
+    holders: dict[str, set[str]] = {}
+    for name, service in file["services"].items():
+        for secret in service.get("secrets", []):
+            holders.setdefault(secret, set()).add(name)
+    workers = {"worker-gpu", "worker-cpu", "finish", "relay"}
+    airflow = {"airflow-migrate", "api-server", "scheduler", "dag-processor", "triggerer"}
+    assert holders["owner_database_url"] == {"migrate", "cli"}
+    assert holders["worker_database_url"] == workers
+    assert holders["broker_url"] == workers | {"flower"}
+    assert holders["dag_database_url"] == airflow | {"cli", "metrics"}
+    assert holders["airflow_database_url"] == airflow
+    assert holders["postgres_password"] == {"postgres"}
+    assert set(holders) == set(file["secrets"])
+
+
+def test_secrets_are_made_once_and_rotated_in_place(
+    file: dict[str, Any], maker: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, user = tmp_path / "secrets", (1000, 1000)
+    written = maker["make_secrets"](folder, user, [])
+    assert {Path(secret["file"]).name for secret in file["secrets"].values()} == set(written)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    before = {path.name: (path.read_text(), path.stat().st_ino) for path in folder.iterdir()}
+    assert maker["make_secrets"](folder, user, []) == []
+
+    assert set(maker["make_secrets"](folder, user, ["worker"])) == {"worker_password", "worker_database_url"}
+    after = {path.name: (path.read_text(), path.stat().st_ino) for path in folder.iterdir()}
+    changed = {name for name in after if after[name][0] != before[name][0]}
+    assert changed == {"worker_password", "worker_database_url"}
+    assert after["worker_password"][0] in after["worker_database_url"][0]
+    # A file that is replaced would leave a running container with the old one.
+    assert {name: inode for name, (_, inode) in after.items()} == {
+        name: inode for name, (_, inode) in before.items()
+    }
+
+    maker["make_secrets"](folder, user, ["all"])
+    assert all((folder / name).read_text() != text for name, (text, _) in after.items())
+    assert len(json.loads((folder / "airflow_logins.json").read_text())["admin"]) == 64
+
+
+def test_every_secret_belongs_to_a_group_that_can_be_rotated(maker: dict[str, Any]) -> None:
+    grouped = [file for files in maker["PASSWORDS"].values() for file in files]
+    assert sorted(grouped) == sorted(maker["make_contents"](str))
