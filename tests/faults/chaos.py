@@ -134,9 +134,9 @@ class Chaos:
 
     def undead(self) -> list[int]:
         """Processes of workers that the ledger has given up."""
-        rows = self.house.rows("SELECT pid FROM workers WHERE state <> 'live'")
+        rows = self.house.rows("SELECT pid, started_at FROM workers WHERE state <> 'live'")
         live = {row.pid for row in self.house.live()}
-        return [row.pid for row in rows if row.pid not in live and is_running(row.pid)]
+        return [row.pid for row in rows if row.pid not in live and is_running(row.pid, row.started_at)]
 
 
 class Siege:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -200,7 +201,9 @@ class House:
 
     def live(self) -> list[Row[Any]]:
         """The live workers, whose processes exist."""
-        return [row for row in in_transaction(self.ledger, live_workers) if is_running(row.pid)]
+        return [
+            row for row in in_transaction(self.ledger, live_workers) if is_running(row.pid, row.started_at)
+        ]
 
     def wait_for_workers(self) -> None:
         self.wait_until(lambda: len(self.live()) == NODES, "all workers are live")
@@ -293,10 +296,16 @@ class House:
         return redis.Redis.from_url(self.valkey.url(), socket_timeout=5)
 
 
-def is_running(pid: int) -> bool:
-    """Whether a process exists; a zombie, whom only its parent can remove, does not."""
+def is_running(pid: int, since: datetime | None = None) -> bool:
+    """Whether a process exists; a zombie, whom only its parent can remove, does not.
+
+    Args:
+        since: when it is known to have run. One that began later has only got its number.
+    """
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(pid)
+        began = process.create_time()
+        return process.status() != psutil.STATUS_ZOMBIE and (since is None or began <= since.timestamp())
     except psutil.NoSuchProcess:
         return False
 
