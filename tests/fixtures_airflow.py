@@ -8,6 +8,7 @@ def test_something(house, proteins):
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -108,6 +109,18 @@ class House:
                 text("SELECT max(id) FROM jobs WHERE input_sha256 = :sha256"), {"sha256": sha256}
             )
             return queries.get_job(tx, ids.scalar_one())
+
+    def log_lines(self, job: int) -> dict[str, list[dict[str, Any]]]:
+        """What each program's log, and each task's, says of a job, by the file's path below the stack's folder."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for path in sorted(self.supervisor.folder.rglob("*.log")):
+            for line in path.read_text(errors="replace").splitlines():
+                # Other programs write text, and numbers that are no objects.
+                if line.startswith("{") and json.loads(line).get("job") == job:
+                    found.setdefault(str(path.relative_to(self.supervisor.folder)), []).append(
+                        json.loads(line)
+                    )
+        return found
 
     def chunks(self, job: int, stage: str | None = None) -> dict[tuple[str, int], tuple[Any, ...]]:
         """All that a recomputation would change, of each chunk."""

@@ -39,6 +39,16 @@ def test_sample_becomes_published_features(house: House) -> None:
     tasks = house.tasks(run)
     assert {task["rendered_map_index"] for (name, index), task in tasks.items() if index == 0} == {"proteins"}
 
+    lines = house.log_lines(job.id)
+    told_by = {
+        Path(name).name.split(".")[0]: found for name, found in lines.items() if name.startswith("logs/")
+    }
+    chunks = {row[2] for row in house.chunks(job.id).values()}
+    for program in ("relay", "workers"):
+        assert {line["chunk"] for line in told_by[program] if "chunk" in line} >= chunks
+    events = {line["event"] for name, found in lines.items() if "airflow" in name for line in found}
+    assert {"the file is registered", "the stage is done", "the result is accepted"} <= events
+
     before = house.chunks(job.id)
     house.run(sample, max_failed_share=0.2)
     assert house.chunks(job.id) == before, "a second run recomputed something"

@@ -51,7 +51,8 @@ def explain(
     Digits are a number; anything else is an id. Records that share an id are all told of, up to 20. What is told
     is of the job's current generation; a claim that a worker declined is no attempt and is not kept.
     """
-    from virnucpro_core.stories import find_records, tell_story
+    from virnucpro_core.records import find_records
+    from virnucpro_core.stories import tell_story
 
     settings = load_settings()
     with connect() as ledger:
