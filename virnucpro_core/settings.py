@@ -5,6 +5,7 @@ A secret may be given as a file instead: `VIRNUCPRO_DATABASE_URL_FILE=/run/secre
 
 from __future__ import annotations
 
+import json
 import os
 from functools import cache
 from pathlib import Path
@@ -35,7 +36,7 @@ class SecretFileSource(PydanticBaseSettingsSource):
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 - pydantic's signature
         file_name = os.environ.get(f"{PREFIX}{field_name.upper()}_FILE")
-        if not file_name or not field_name.endswith("_url"):
+        if not file_name or not (field_name.endswith("_url") or field_name == "notifier_options"):
             return None, field_name, False
         try:
             return Path(file_name).read_text().strip(), field_name, False
@@ -110,10 +111,10 @@ class Settings(BaseSettings):
         description="Path of the class of Airflow's that tells people of a run that failed or is late, such as "
         "airflow.providers.smtp.notifications.smtp.SmtpNotifier; it needs an `async_notify`.",
     )
-    notifier_options: dict[str, Any] = Field(
+    notifier_options: Annotated[dict[str, Any], NoDecode] = Field(
         default_factory=dict,
-        description="Its arguments as JSON, templates with {{ run_id }} and {{ what }}; secrets belong in an "
-        "Airflow connection that they name.",
+        description="Its arguments as JSON; texts are templates that may hold {{ run_id }} and {{ what }}. Passwords "
+        "belong in the Airflow connection that they name.",
     )
 
     max_expansion: float = Field(
@@ -152,6 +153,11 @@ class Settings(BaseSettings):
     @classmethod
     def split_folders(cls, value: object) -> object:
         return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
+
+    @field_validator("notifier_options", mode="before")
+    @classmethod
+    def read_json(cls, value: object) -> object:
+        return json.loads(value) if isinstance(value, str) else value
 
     @classmethod
     def settings_customise_sources(

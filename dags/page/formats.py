@@ -11,7 +11,7 @@ def format_duration(seconds: float | None) -> str:
     """Two units at most: "45 s", "12 min", "3 h 20 min", "2 d 4 h"; nothing for None."""
     if seconds is None:
         return ""
-    if seconds < 60:
+    if round(seconds) < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     if minutes < 60:

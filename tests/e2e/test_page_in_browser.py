@@ -48,7 +48,7 @@ def test_person_finds_a_job_reads_its_failures_and_has_it_done_again(
     log_in(browser, stack)
     browser.click("a", "VirNucPro")
     with browser.frame():
-        browser.type("#named", str(proteins.parent))
+        browser.type("#named", proteins.parent.name)
         browser.click("#find")
         browser.see("succeeded", "#jobs")
         browser.picture("page-jobs")

@@ -323,9 +323,7 @@ def next_look(html: str) -> str:
     return found[1].replace("&amp;", "&")
 
 
-def test_unknown_jobs_and_a_ledger_that_is_away_are_told(
-    ledger: Engine, visit: Visit, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_jobs_are_told(ledger: Engine, visit: Visit) -> None:
     viewer = visit("viewer")
     assert viewer.get("/virnucpro/jobs/7").status_code == 404
     assert viewer.get("/virnucpro/jobs/99999999999999999999").status_code == 422

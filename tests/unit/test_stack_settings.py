@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from virnucpro_core.errors import SettingsError
 from virnucpro_core.settings import Settings
@@ -84,13 +85,28 @@ def test_each_program_gets_the_database_role_that_it_needs(tmp_path: Path) -> No
 
 
 def test_programs_are_told_the_settings_that_were_made(tmp_path: Path) -> None:
-    parts = compose_at(tmp_path, inbox=Path("here"), chunk_tokens=777, notifier_options={"to": "me"})
+    parts = compose_at(tmp_path, inbox=Path("here"), chunk_tokens=777)
     environment = next(program for program in parts.programs if program.name == "workers").environment
     assert environment["VIRNUCPRO_CHUNK_TOKENS"] == "777"
     assert environment["VIRNUCPRO_INBOX"] == str(Path.cwd() / "here")
     assert environment["VIRNUCPRO_DTYPE"] == "float32"
     assert "VIRNUCPRO_LEASE_SECONDS" not in environment
-    assert json.loads(environment["VIRNUCPRO_NOTIFIER_OPTIONS"]) == {"to": "me"}
+
+
+def test_airflow_is_told_the_notifiers_options_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"to": "me", "text": '{{ run_id }} "late" ; # 100%'}
+    parts = compose_at(tmp_path, notifier="a.Notifier", notifier_options=options)
+    environment = next(program for program in parts.programs if program.name == "triggerer").environment
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert Settings().notifier_options == options
+    assert Settings().notifier == "a.Notifier"
+    monkeypatch.delenv("VIRNUCPRO_NOTIFIER_OPTIONS_FILE")
+    monkeypatch.setenv("VIRNUCPRO_NOTIFIER_OPTIONS", "{no json")
+    with pytest.raises(ValidationError, match="notifier_options"):
+        Settings()
 
 
 def input_roots_of(settings: Settings, folder: Path) -> set[str]:

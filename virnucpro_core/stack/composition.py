@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +23,10 @@ from virnucpro_core.stack.programs import (
     airflow_programs,
     celery_programs,
     common_environment,
+    file_environment,
     flower_program,
     metrics_program,
     server_programs,
-    url_environment,
 )
 from virnucpro_core.stack.supervisor import Program
 from virnucpro_core.stack.valkey import ValkeyServer
@@ -86,12 +87,13 @@ def compose(settings: Settings, folder: Path, *, gpus: str, fixed_ports: bool) -
     gpus = choose_gpus(gpus)
     common = common_environment(settings, gpus)
     owner, dag, worker = (
-        url_environment(secrets, **{f"{role}_database_url": ledger_urls[role]}) for role in ROLES
+        file_environment(secrets, **{f"{role}_database_url": ledger_urls[role]}) for role in ROLES
     )
-    broker = url_environment(secrets, broker_url=valkey.url() if valkey else settings.require_broker_url())
+    broker = file_environment(secrets, broker_url=valkey.url() if valkey else settings.require_broker_url())
+    notices = file_environment(secrets, notifier_options=json.dumps(settings.notifier_options))
     programs = [
         *server_programs(postgres, valkey),
-        *airflow_programs(airflow, common | dag),
+        *airflow_programs(airflow, common | dag | notices),
         *celery_programs(gpus, common | worker | broker),
         flower_program(folder, ports["flower"], secrets, common | broker),
         metrics_program(ports["metrics"], common | dag),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -95,8 +94,10 @@ def metrics_program(port: int, environment: dict[str, str]) -> Program:
 
 def common_environment(settings: Settings, gpus: str) -> dict[str, str]:
     """The settings that hold no secret, for every program."""
-    plain = {name for name in settings.model_fields_set if not name.endswith("_url")}
-    values = {name: write_value(getattr(settings, name)) for name in plain}
+    plain = {
+        name for name in settings.model_fields_set if not name.endswith("_url") and name != "notifier_options"
+    }
+    values = {name: str(getattr(settings, name)) for name in plain}
     # The programs run in another folder.
     values |= {name: str(Path(getattr(settings, name)).absolute()) for name in FOLDERS}
     values["input_roots"] = os.pathsep.join(str(root.absolute()) for root in settings.input_roots)
@@ -105,11 +106,6 @@ def common_environment(settings: Settings, gpus: str) -> dict[str, str]:
     return {f"{PREFIX}{name.upper()}": value for name, value in values.items()}
 
 
-def write_value(value: object) -> str:
-    """A setting as its variable has it."""
-    return json.dumps(value) if isinstance(value, dict) else str(value)
-
-
-def url_environment(secrets: Secrets, **urls: str) -> dict[str, str]:
-    """Settings that hold a secret, each as the file that it is kept in."""
-    return {f"{PREFIX}{name.upper()}_FILE": str(secrets.write(name, url)) for name, url in urls.items()}
+def file_environment(secrets: Secrets, **values: str) -> dict[str, str]:
+    """Settings that hold a secret, or what an environment cannot hold, each as the file that it is kept in."""
+    return {f"{PREFIX}{name.upper()}_FILE": str(secrets.write(name, value)) for name, value in values.items()}
