@@ -87,7 +87,7 @@ class Deployment:
         self.run("up", "-d", *self.services())
 
     def container(self, service: str) -> str:
-        return self.run("ps", "-q", service).split()[0]
+        return self.run("ps", "-a", "-q", service).split()[0]
 
     def inspect(self, service: str) -> dict[str, Any]:
         """What the engine says of a service's container."""
