@@ -21,6 +21,7 @@ from virnucpro_core.stack.airflow import log_in
 from virnucpro_core.stack.processes import choose_port
 
 PORTS = ("AIRFLOW_PORT", "FLOWER_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
+NOT_STARTED = {"worker-gpu", "cli"}  # of the profiles gpu and tools
 ONE_SHOTS = {"migrate", "airflow-migrate"}
 READY_SECONDS = 900.0  # a dozen containers start at once on few cores
 POLL_SECONDS = 1.0
@@ -79,15 +80,15 @@ class Deployment:
         return self.engine.run(*self.compose, *arguments, check=check, folder=PROJECT).stdout
 
     def services(self) -> list[str]:
-        """All that run here, the one-shots among them, in the order of the file."""
+        """All that run here, the one-shots among them."""
         listed = self.run("config", "--services").split()
-        return sorted(set(listed) - self.absent)
+        return sorted(set(listed) - self.absent - NOT_STARTED)
 
     def up(self) -> None:
         self.run("up", "-d", *self.services())
 
     def container(self, service: str) -> str:
-        return self.run("ps", "-q", service).split()[0]
+        return self.run("ps", "-a", "-q", service).split()[0]
 
     def inspect(self, service: str) -> dict[str, Any]:
         """What the engine says of a service's container."""

@@ -193,13 +193,7 @@ def test_drained_worker_loses_nothing(deployment: Deployment) -> None:
     running = f"SELECT 1 FROM chunks WHERE job_id = {job} AND state = 'running'"
     deployment.wait_until(lambda: deployment.query(running) != [], "at work", ["worker-cpu"])
     deployment.run("stop", "worker-cpu")
-    done = deployment.engine.run(
-        "docker", "ps", "--all", "--quiet", "--filter", "label=com.docker.compose.service=worker-cpu"
-    )
-    codes = deployment.engine.run(
-        "docker", "inspect", "--format", "{{.State.ExitCode}}", *done.stdout.split()
-    ).stdout
-    assert codes == "0\n"
+    assert deployment.inspect("worker-cpu")["State"]["ExitCode"] == 0
     assert deployment.query("SELECT node FROM workers WHERE state = 'live' AND queue = 'extract'") == []
     assert deployment.query(running) == []
     deployment.run("start", "worker-cpu")
