@@ -40,6 +40,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     HOME=/tmp \
     USER=virnucpro \
     AIRFLOW_HOME=/airflow \
-    TRITON_CACHE_DIR=/cache/triton
+    TRITON_CACHE_DIR=/cache/triton \
+    MPLCONFIGDIR=/cache/matplotlib
 USER 1000:1000
 CMD ["virnucpro", "--help"]
