@@ -52,7 +52,9 @@ def test_commands_and_variables_that_pages_name_exist(page: Path) -> None:
     reference = write_reference()
     of_containers = (PROJECT / ".env.example").read_text()
     text = page.read_text()
-    for command in re.findall(r"(?:^|`|; )virnucpro ((?:weights |db |health )?[a-z0-9]+)", text, re.MULTILINE):
+    for command in re.findall(
+        r"(?:^|`|; )virnucpro ((?:weights |db |health )?[a-z0-9]+)", text, re.MULTILINE
+    ):
         assert f"### `virnucpro {command}`" in reference, command
     for name in re.findall(rf"{PREFIX}[A-Z_]*[A-Z]", text):
         assert f"`{name.removesuffix('_FILE')}`" in reference or f"{name}=" in of_containers, name
