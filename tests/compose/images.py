@@ -15,7 +15,7 @@ from threading import Thread
 from urllib.parse import unquote, urlsplit
 
 from tests.compose.engine import Engine
-from virnucpro_core.stack.processes import LOOPBACK
+from virnucpro_core.stack.processes import LOOPBACK, choose_port
 
 PROJECT = Path(__file__).resolve().parents[2]
 DOCKERFILES = Path(__file__).parent / "stand_ins"
@@ -25,6 +25,7 @@ SUITE = "bookworm"
 PACKAGES = "ca-certificates,python3,python3-dev,python3-venv"
 CERTIFICATES = Path("etc/ssl/certs/ca-certificates.crt")
 PULL_SECONDS = 120
+INDEX_PORT = 38417  # always the same, where it is free: another URL would have everything installed again
 SERVERS = {  # the variable of docker-compose.yml, what it is by default, our stand-in
     "POSTGRES_IMAGE": ("postgres:18-bookworm", "postgres"),
     "BROKER_IMAGE": ("valkey/valkey:8.1", "broker"),
@@ -126,7 +127,7 @@ def served_indexes() -> Iterator[dict[str, str]]:
         def log_message(self, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer((LOOPBACK, 0), Handler)
+    server = ThreadingHTTPServer((LOOPBACK, choose_port(INDEX_PORT)), Handler)
     Thread(target=server.serve_forever, daemon=True).start()
 
     def serve(place: str) -> str:

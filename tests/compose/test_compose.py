@@ -12,7 +12,7 @@ import pytest
 
 from tests.compose.deployment import ONE_SHOTS, Deployment
 from tests.compose.engine import Engine, find_compose, running_engine
-from tests.compose.images import IMAGE, PROJECT, can_pull, make_ours, make_servers
+from tests.compose.images import PROJECT, can_pull, make_ours, make_servers
 from virnucpro_core.features.manifests import read_manifest
 from virnucpro_core.stack.airflow import ask
 from virnucpro_core.stack.demo import trigger
@@ -36,7 +36,13 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def deployment(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+def image(engine: Engine) -> str:
+    """The project's image, newly built."""
+    return make_ours(engine)
+
+
+@pytest.fixture(scope="module")
+def deployment(engine: Engine, image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """The whole of docker-compose.yml with the CPU profile, up and healthy, with demonstration weights."""
     compose = find_compose(engine)
     stand_ins = make_servers(engine)
@@ -51,7 +57,7 @@ def deployment(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iter
         compose,
         folder,
         absent,
-        VIRNUCPRO_IMAGE=make_ours(engine),
+        VIRNUCPRO_IMAGE=image,
         VIRNUCPRO_DTYPE="float32",
         VIRNUCPRO_CHUNK_TOKENS="5000",
         OMP_NUM_THREADS="1",
@@ -258,9 +264,8 @@ def test_it_is_taken_down_without_a_trace(deployment: Deployment) -> None:
         assert listed.stdout == ""
 
 
-def test_image_holds_no_secret_and_no_test(engine: Engine) -> None:
-    make_ours(engine)
-    listed = engine.run("docker", "run", "--rm", IMAGE, "find", "/app", "-maxdepth", "1").stdout.split()
+def test_image_holds_no_secret_and_no_test(engine: Engine, image: str) -> None:
+    listed = engine.run("docker", "run", "--rm", image, "find", "/app", "-maxdepth", "1").stdout.split()
     packages = {"virnucpro_core", "workers", "dags", "migrations"}
     built = {"build", "virnucpro_pipeline.egg-info"}  # by pip
     files = {"README.md", "pyproject.toml", "constraints.txt"}
