@@ -6,6 +6,7 @@ import random
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -46,11 +47,7 @@ def deployment(engine: Engine, image: str, tmp_path_factory: pytest.TempPathFact
     """The whole of docker-compose.yml with the CPU profile, up and healthy, with demonstration weights."""
     compose = find_compose(engine)
     stand_ins = make_servers(engine)
-    absent = set()
-    if not can_pull(engine, GRAFANA):
-        absent.add("grafana")
-    if not (PROJECT / "monitoring" / "prometheus.yml").exists():
-        absent |= {"metrics", "prometheus", "grafana"}
+    absent = set() if can_pull(engine, GRAFANA) else {"grafana"}
     folder = tmp_path_factory.mktemp("compose")
     deployment = Deployment.prepare(
         engine,
@@ -160,6 +157,19 @@ def test_pages_want_the_generated_logins(deployment: Deployment) -> None:
     assert httpx.get(f"{flower}/workers").status_code == httpx.codes.UNAUTHORIZED
     password = deployment.secret("flower.conf").split("admin:")[1].split("'")[0]
     assert httpx.get(f"{flower}/workers", auth=("admin", password)).status_code == httpx.codes.OK
+
+
+def test_prometheus_scrapes_the_ledger_s_metrics(deployment: Deployment) -> None:
+    prometheus = deployment.url("PROMETHEUS_PORT")
+
+    def jobs() -> list[Any]:
+        query = {"query": 'virnucpro_jobs{state="succeeded"}'}
+        found: list[Any] = httpx.get(f"{prometheus}/api/v1/query", params=query).json()["data"]["result"]
+        return found
+
+    deployment.wait_until(lambda: bool(jobs()), "scraped by Prometheus", ["metrics", "prometheus"])
+    rules = httpx.get(f"{prometheus}/api/v1/rules").json()["data"]["groups"]
+    assert rules
 
 
 def test_each_role_of_the_ledger_has_its_own_rights(deployment: Deployment) -> None:
