@@ -95,7 +95,7 @@ def test_a_chunk_is_claimed_once(tx: Connection) -> None:
     assert not isinstance(work, Declined)
     jobs.claim(tx, chunk, first)
     late = transitions.claim(tx, work, second, execution_class="class one", execution={})
-    assert late == Declined(chunk, "it is running")
+    assert late == Declined(chunk, "it is running", job_id)
     assert chunk not in outbox_chunks(tx)
 
 
@@ -438,7 +438,7 @@ def test_cancel_keeps_what_is_done_and_resume_goes_on(tx: Connection) -> None:
     running = jobs.claim(tx, second, worker)
     cancel(tx, job_id, by="a person")
     assert outbox_chunks(tx) == []
-    assert transitions.describe(tx, second) == Declined(second, "its job is cancelled")
+    assert transitions.describe(tx, second) == Declined(second, "its job is cancelled", job_id)
     with pytest.raises(StaleLeaseError):
         transitions.complete(tx, running, jobs.result_of(running))
     with pytest.raises(JobError):
