@@ -30,7 +30,7 @@ from virnucpro_core.ledger.queries import (
     progress_of,
     stage_positions,
 )
-from virnucpro_core.ledger.waiters import add_waiter, remove_waiter
+from virnucpro_core.ledger.waiters import add_waiter, name_waiter, remove_waiter
 from virnucpro_core.settings import load_settings
 from virnucpro_core.verification import look_at_job
 
@@ -146,23 +146,24 @@ class WaitForStage(BaseOperator):
         with open_dag_ledger() as ledger:
             for job in jobs_of(self.files):
                 mend(ledger, job, again=context["ti"].try_number > 1)
-            self.wait(ledger, name_waiter(context))
+            self.wait(ledger, context)
 
     def resume_waiting(self, context: Context, event: object) -> None:  # noqa: ARG002 - the ledger knows better
-        token = name_waiter(context)
+        token = name_waiter(name_wait(context), context["ti"].try_number)
         with open_dag_ledger() as ledger:
             for job in jobs_of(self.files):
                 in_transaction(ledger, remove_waiter, job, token)
-            self.wait(ledger, token)
+            self.wait(ledger, context)
 
-    def wait(self, ledger: Engine, token: str) -> None:
+    def wait(self, ledger: Engine, context: Context) -> None:
         """Return if there is nothing to wait for, else enter this run as a waiter and defer."""
         jobs = jobs_of(self.files)
         position, progress = in_transaction(ledger, look, jobs, self.stage)
         if all(is_settled(one, position) for one in progress):
             conclude(self.stage, position, progress)
             return
-        in_transaction(ledger, enter_waiters, jobs, token)
+        wait, attempt = name_wait(context), context["ti"].try_number
+        in_transaction(ledger, enter_waiters, jobs, wait, attempt)
         for one in progress:
             if not is_settled(one, position):
                 log.info(
@@ -173,13 +174,16 @@ class WaitForStage(BaseOperator):
                     stage=one.stage,
                     until=self.stage,
                 )
-        self.defer(trigger=StageTrigger(jobs, position, token), method_name=self.resume_waiting.__name__)
+        self.defer(
+            trigger=StageTrigger(jobs, position, name_waiter(wait, attempt)),
+            method_name=self.resume_waiting.__name__,
+        )
 
 
-def name_waiter(context: Context) -> str:
-    """The token of one attempt of one task: a Clear makes another attempt, and that another token."""
+def name_wait(context: Context) -> str:
+    """What all attempts of one task instance have in common."""
     ti = context["ti"]
-    return f"{ti.dag_id} {ti.run_id} {ti.task_id} [{ti.map_index}], try {ti.try_number}"
+    return f"{ti.dag_id} {ti.run_id} {ti.task_id} [{ti.map_index}]"
 
 
 def mend(ledger: Engine, job: int, *, again: bool) -> None:
@@ -231,9 +235,9 @@ def find_progress(tx: Connection, jobs: Sequence[int]) -> list[Progress]:
     return progress
 
 
-def enter_waiters(tx: Connection, jobs: Sequence[int], token: str) -> None:
+def enter_waiters(tx: Connection, jobs: Sequence[int], wait: str, attempt: int) -> None:
     for job in jobs:
-        add_waiter(tx, job, token)
+        add_waiter(tx, job, wait, attempt)
 
 
 def conclude(stage: str, position: int, progress: Sequence[Progress]) -> None:

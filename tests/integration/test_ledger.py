@@ -461,14 +461,23 @@ def test_a_job_whose_last_chunk_ended_while_cancelled_advances_on_resume(tx: Con
 @pytest.mark.parametrize("cancel_unwatched", [False, True])
 def test_the_last_waiter_cancels_only_if_the_setting_says_so(tx: Connection, cancel_unwatched: bool) -> None:
     job_id = jobs.register(tx, jobs.scan()).job_id
-    waiters.add_waiter(tx, job_id, "run 1 try 1")
-    waiters.add_waiter(tx, job_id, "run 1 try 2")
-    assert not waiters.remove_waiter(tx, job_id, "run 1 try 1", cancel_unwatched=cancel_unwatched)
-    assert (
-        waiters.remove_waiter(tx, job_id, "run 1 try 2", cancel_unwatched=cancel_unwatched)
-        is cancel_unwatched
-    )
-    assert not waiters.remove_waiter(tx, job_id, "run 1 try 2", cancel_unwatched=cancel_unwatched)
+    waiters.add_waiter(tx, job_id, "run 1", 1)
+    waiters.add_waiter(tx, job_id, "run 2", 1)
+    first, last = (waiters.name_waiter(wait, 1) for wait in ("run 1", "run 2"))
+    assert not waiters.remove_waiter(tx, job_id, first, cancel_unwatched=cancel_unwatched)
+    assert waiters.remove_waiter(tx, job_id, last, cancel_unwatched=cancel_unwatched) is cancel_unwatched
+    assert not waiters.remove_waiter(tx, job_id, last, cancel_unwatched=cancel_unwatched)
+
+
+def test_an_attempt_that_waits_strikes_off_those_before_it(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    for wait, attempt in (("run 1", 1), ("run 11", 1), ("run 1", 2), ("run 1", 2)):
+        waiters.add_waiter(tx, job_id, wait, attempt)
+    tokens = tx.execute(text("SELECT token FROM waiters ORDER BY token")).scalars().all()
+    assert tokens == ["run 1, try 2", "run 11, try 1"]
+    # what an old trigger says late is about itself
+    waiters.remove_waiter(tx, job_id, waiters.name_waiter("run 1", 1))
+    assert tx.execute(text("SELECT count(*) FROM waiters")).scalar_one() == 2
 
 
 def test_a_name_stands_for_the_same_weights_for_ever(tx: Connection) -> None:

@@ -8,12 +8,30 @@ from virnucpro_core.ledger.jobs import cancel
 from virnucpro_core.ledger.transitions import lock_job
 
 
-def add_waiter(tx: Connection, job_id: int, token: str) -> None:
-    """Enter a run; `token` names its task instance and attempt, so that a later attempt has a row of its own."""
+def add_waiter(tx: Connection, job_id: int, wait: str, attempt: int) -> None:
+    """Enter a run, and strike off the attempts before this one.
+
+    They are over, but may never have said so: Airflow tells a wait that it was killed only if that had begun to run
+    in the triggerer.
+
+    Args:
+        wait: names a task instance.
+        attempt: which attempt of it waits now; each has a row of its own, so that an old one strikes off itself alone.
+    """
+    token = name_waiter(wait, attempt)
+    tx.execute(
+        text("DELETE FROM waiters WHERE job_id = :job AND starts_with(token, :wait) AND token <> :token"),
+        {"job": job_id, "wait": name_waiter(wait, ""), "token": token},
+    )
     tx.execute(
         text("INSERT INTO waiters (job_id, token) VALUES (:job, :token) ON CONFLICT DO NOTHING"),
         {"job": job_id, "token": token},
     )
+
+
+def name_waiter(wait: str, attempt: int | str) -> str:
+    """The token of one attempt of one wait."""
+    return f"{wait}, try {attempt}"
 
 
 def remove_waiter(tx: Connection, job_id: int, token: str, *, cancel_unwatched: bool = False) -> bool:
