@@ -15,8 +15,8 @@ SEEDS ?= 20
 export FASTA
 BIN := .venv/bin
 INSTALLED := .venv/installed
-# A file's tests share servers, so a file is one process's; the whole stack's, which come first, take longest.
-IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# In the order of collection: those of the whole stack come first, as they take longest.
+IN_PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down secrets lint docs test test-system screenshots compose-test test-gpu chaos fuzz bench bench-gpu

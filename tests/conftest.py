@@ -43,6 +43,13 @@ def pytest_configure() -> None:
     os.environ["AIRFLOW_HOME"] = tempfile.mkdtemp(prefix="airflow-")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep together what shares servers: a file's tests, and all that need the whole stack."""
+    for item in items:
+        whole_stack = item.path.is_relative_to(PROJECT / "tests" / "e2e")
+        item.add_marker(pytest.mark.xdist_group("e2e" if whole_stack else item.path.name))
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["AIRFLOW_HOME"])
 
