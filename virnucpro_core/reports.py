@@ -18,7 +18,7 @@ from virnucpro_core.ledger.queries import (
     submissions_of,
 )
 from virnucpro_core.ledger.transitions import VALIDATE
-from virnucpro_core.ledger.work import report_name
+from virnucpro_core.ledger.work import REPORT, SUFFIXES, file_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,9 +100,9 @@ def report_job(tx: Connection, job_id: int) -> JobReport:
     made = {Path(artifact.path).name for artifact in artifacts_of(tx, job_id, stage=VALIDATE)}
 
     def find_page(submission: SubmissionRow) -> str | None:
-        if submission.published_generation != job.generation or report_name(submission.id) not in made:
+        if submission.published_generation != job.generation or file_name(REPORT, submission.id) not in made:
             return None
-        return f"{submission.folder(job.input_sha256, job.recipe_sha256)}/{submission.stem}.report.html"
+        return f"{submission.folder(job.input_sha256, job.recipe_sha256)}/{submission.stem}{SUFFIXES[REPORT]}"
 
     return JobReport(
         job=job.id,

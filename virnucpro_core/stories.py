@@ -23,7 +23,7 @@ from virnucpro_core.ledger.queries import (
 )
 from virnucpro_core.ledger.setbacks import Attempt, attempts_on
 from virnucpro_core.ledger.transitions import EXTRACT, MERGE
-from virnucpro_core.ledger.work import EXPORT
+from virnucpro_core.ledger.work import EXPORT, export_name
 from virnucpro_core.records import find_result, read_records
 from virnucpro_core.sequences.chunks import ChunkRange
 from virnucpro_core.sequences.residues import UNK
@@ -270,5 +270,5 @@ def find_places(
     for submission in submissions:
         if submission.published_generation == job.generation:
             folder = submission.folder(job.input_sha256, job.recipe_sha256)
-            name = Path(export.path).name.replace("result", f"{submission.stem}_ESM", 1)
+            name = export_name(submission.stem, Path(export.path).name)
             yield Place(path=f"{folder}/{name}", row=within)

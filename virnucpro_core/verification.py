@@ -15,7 +15,7 @@ from virnucpro_core.features.manifests import read_manifest
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.queries import ArtifactRow, artifacts_of, find_lost, get_job, submissions_of
 from virnucpro_core.ledger.transitions import VALIDATE
-from virnucpro_core.ledger.work import report_name
+from virnucpro_core.ledger.work import FAILURES, MANIFEST, MERGED, REPORT, SUFFIXES, file_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,18 +131,18 @@ def find_files(tx: Connection, output_root: Path, job_id: int) -> JobFiles:
         if submission.published_generation != job.generation:
             continue
         base = f"{submission.folder(job.input_sha256, job.recipe_sha256)}/{submission.stem}"
-        published[f"{base}.manifest.json"] = recorded
+        published[base + SUFFIXES[MANIFEST]] = recorded
         # A manifest that cannot be read is compared, too, and is the fault to report.
         with suppress(ArtifactError):
-            for file in read_manifest(output_root / f"{base}.manifest.json").files:
+            for file in read_manifest(output_root / (base + SUFFIXES[MANIFEST])).files:
                 published[str(Path(base).with_name(file.name))] = recorded & {file.sha256}
         if job.failed:
-            published[f"{base}.failures.jsonl"] = recorded
-        if any(Path(artifact.path).name == report_name(submission.id) for artifact in artifacts):
-            published[f"{base}.report.html"] = recorded
+            published[base + SUFFIXES[FAILURES]] = recorded
+        if any(Path(artifact.path).name == file_name(REPORT, submission.id) for artifact in artifacts):
+            published[base + SUFFIXES[REPORT]] = recorded
         if submission.nucleotide_path and not submission.error:
-            name = f"merged_{submission.id}.pt"
-            published[f"{base}_merged.pt"] = {a.sha256 for a in artifacts if a.path.endswith(f"/{name}")}
+            name = file_name(MERGED, submission.id)
+            published[base + SUFFIXES[MERGED]] = {a.sha256 for a in artifacts if a.path.endswith(f"/{name}")}
     return JobFiles(artifacts, published)
 
 

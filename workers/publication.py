@@ -10,6 +10,7 @@ import structlog
 
 from virnucpro_core.errors import ArtifactError
 from virnucpro_core.features.publishing import publish, publish_result
+from virnucpro_core.ledger.work import FAILURES, MANIFEST, MERGED, REPORT, SUFFIXES
 
 log = structlog.get_logger()
 
@@ -42,19 +43,19 @@ class Publication:
         Raises:
             ArtifactError: a file is missing, or a name cannot be written.
         """
-        self._publish_or_remove(self.failures, f"{self.stem}.failures.jsonl")
+        self._publish_or_remove(self.failures, self.stem + SUFFIXES[FAILURES])
         try:
-            self._publish_or_remove(self.report, f"{self.stem}.report.html")
+            self._publish_or_remove(self.report, self.stem + SUFFIXES[REPORT])
         except (ArtifactError, OSError) as error:
             # What it tells of is sound, and `verify` says that it is missing.
             log.warning("report_not_published", folder=str(self.folder), reason=str(error))
         if self.merged is not None:
-            publish(self.merged, self.folder / f"{self.stem}_merged.pt")
+            publish(self.merged, self.folder / (self.stem + SUFFIXES[MERGED]))
         publish_result(
             self.exports,
             self.folder / f"{self.stem}_ESM.pt",
             self.manifest,
-            self.folder / f"{self.stem}.manifest.json",
+            self.folder / (self.stem + SUFFIXES[MANIFEST]),
         )
 
     def _publish_or_remove(self, source: Path | None, name: str) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 from virnucpro_core.errors import ServiceError
 from virnucpro_core.features.files import Written
 from virnucpro_core.ledger.queries import SubmissionRow
-from virnucpro_core.ledger.work import NewArtifact, Work, report_name
+from virnucpro_core.ledger.work import REPORT, NewArtifact, Work, file_name
 from virnucpro_core.settings import Settings
 from workers.artifacts import stage_folder
 
@@ -36,7 +36,7 @@ def try_report(
         ServiceError: the ledger is away; the stage is tried again as a whole.
     """
     started = time.perf_counter()
-    path = stage_folder(work, settings) / report_name(submission.id)
+    path = stage_folder(work, settings) / file_name(REPORT, submission.id)
     try:
         # Loaded late, as it brings matplotlib: a worker that cannot load it shall work nevertheless.
         from virnucpro_core.htmlreport.files import write_report

@@ -34,7 +34,18 @@ from virnucpro_core.ledger.queries import (
     submissions_of,
 )
 from virnucpro_core.ledger.transitions import EXTRACT, MATRIX, MERGE, VALIDATE
-from virnucpro_core.ledger.work import EXPORT, FAILURES, MANIFEST, MERGED, REPORT, NewArtifact, Result, Work
+from virnucpro_core.ledger.work import (
+    EXPORT,
+    FAILURES,
+    MANIFEST,
+    MERGED,
+    REPORT,
+    NewArtifact,
+    Result,
+    Work,
+    export_name,
+    file_name,
+)
 from virnucpro_core.roots import open_below
 from virnucpro_core.sequences.fasta import parse_records
 from virnucpro_core.sequences.scan import read_range
@@ -123,7 +134,7 @@ def merge(ledger: Engine, work: Work, settings: Settings) -> Outcome:
             merged = merge_features(
                 nucleotides,
                 matrix,
-                folder / merged_name(submission),
+                folder / file_name(MERGED, submission.id),
                 records=work.range.records,
                 data_type=cast("Literal['host', 'viral'] | None", submission.label or None),
             )
@@ -199,7 +210,7 @@ def validate(ledger: Engine, work: Work, settings: Settings) -> Outcome:
     submissions = in_transaction(ledger, submissions_of, work.job_id)
     for submission in submissions:
         manifest = write_manifest(
-            folder / f"manifest_{submission.id}.json",
+            folder / file_name(MANIFEST, submission.id),
             in_transaction(ledger, describe_result, work, submission, exports),
         )
         artifacts.append(describe_file(manifest, MANIFEST, settings))
@@ -211,7 +222,7 @@ def validate(ledger: Engine, work: Work, settings: Settings) -> Outcome:
                 folder=published_folder(work, submission, settings),
                 stem=submission.stem,
                 exports=[export.path for export in exports],
-                merged=merged_paths.get(merged_name(submission)),
+                merged=merged_paths.get(file_name(MERGED, submission.id)),
                 failures=None if failures is None else failures.path,
                 report=None if report is None else report.path,
                 manifest=manifest.path,
@@ -297,7 +308,7 @@ def describe_result(
         truncated=job.truncated,
         unknown=job.unknown,
     )
-    names = [export.path.name.replace("result", f"{submission.stem}_ESM", 1) for export in exports]
+    names = [export_name(submission.stem, export.path.name) for export in exports]
     return Manifest(
         input_name=Path(submission.path).name,
         input_sha256=work.input_sha256,
@@ -332,7 +343,3 @@ def find_unsound(artifacts: Sequence[ArtifactRow], settings: Settings) -> list[i
             log.warning("artifact_damaged", artifact=row.id, path=row.path)
             unsound.append(row.id)
     return unsound
-
-
-def merged_name(submission: SubmissionRow) -> str:
-    return f"merged_{submission.id}.pt"

@@ -85,7 +85,7 @@ def read_job(tx: Connection, job_id: int) -> JobPage:
         JobError: there is no such job.
     """
     report = report_job(tx, job_id)
-    [overview] = list_job_overviews(tx, job_id=job_id)
+    [overview] = list_job_overviews(tx, jobs=[job_id])
     files = [*artifacts_of(tx, job_id, stage=MERGE), *artifacts_of(tx, job_id, stage=VALIDATE)]
     return JobPage(overview=overview, report=report, files=files)
 

@@ -69,7 +69,7 @@ def set_times(tx: Connection, chunk: int, claimed: float, finished: float) -> No
 
 
 def overview(tx: Connection, job: int) -> JobOverview:
-    (found,) = list_job_overviews(tx, job_id=job)
+    (found,) = list_job_overviews(tx, jobs=[job])
     return found
 
 

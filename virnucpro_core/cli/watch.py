@@ -34,7 +34,7 @@ EXTRACT_QUEUE = "extract"
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class View:
     """What one look found."""
 
     jobs: Sequence[JobOverview]
@@ -57,29 +57,29 @@ def watch(job_id: int | None, every: float) -> None:
     with connect() as ledger:
         if job_id is not None:
             in_transaction(ledger, get_job, job_id)
-        snapshot = look(ledger, job_id)
+        view = look(ledger, job_id)
         if not console.is_terminal or console.is_dumb_terminal:
-            print_snapshot(snapshot)
+            print_view(view)
             print_note("This is no terminal that can be drawn on: shown once.")
             return
         with suppress(KeyboardInterrupt), Live(console=console, screen=True, auto_refresh=False) as live:
             trouble = ""
             while True:
-                live.update(draw(snapshot, trouble, console.height), refresh=True)
+                live.update(draw(view, trouble, console.height), refresh=True)
                 time.sleep(every)
                 try:
-                    snapshot, trouble = look(ledger, job_id), ""
+                    view, trouble = look(ledger, job_id), ""
                 except ServiceError as error:
                     trouble = str(error)
 
 
-def look(ledger: Engine, job_id: int | None) -> Snapshot:
+def look(ledger: Engine, job_id: int | None) -> View:
     from virnucpro_core.ledger.database import in_transaction
 
     return in_transaction(ledger, gather, job_id)
 
 
-def gather(tx: Connection, job_id: int | None) -> Snapshot:
+def gather(tx: Connection, job_id: int | None) -> View:
     from virnucpro_core.ledger.overview import list_job_overviews, list_newest_failures, list_worker_overviews
     from virnucpro_core.ledger.setbacks import newest_setbacks
 
@@ -88,8 +88,8 @@ def gather(tx: Connection, job_id: int | None) -> Snapshot:
         newest = list_job_overviews(tx, limit=ENDED_SHOWN)
         jobs = running + [job for job in newest if job.state != "running"]
     else:
-        jobs = list_job_overviews(tx, job_id=job_id)
-    return Snapshot(
+        jobs = list_job_overviews(tx, jobs=[job_id])
+    return View(
         jobs=jobs,
         workers=list_worker_overviews(tx),
         failures=list_newest_failures(tx, NEWEST_SHOWN, job_id=job_id),
@@ -98,29 +98,29 @@ def gather(tx: Connection, job_id: int | None) -> Snapshot:
     )
 
 
-def print_snapshot(snapshot: Snapshot) -> None:
-    """Print a snapshot as plain tables."""
-    for title, columns, rows in list_tables(snapshot):
+def print_view(view: View) -> None:
+    """Print a view as plain tables."""
+    for title, columns, rows in list_tables(view):
         if rows or title == "Jobs":
             print_table([title, *columns[1:]], rows)
             print()
 
 
-def draw(snapshot: Snapshot, trouble: str, height: int) -> RenderableType:
-    """A snapshot as a terminal of so many lines shows it; `trouble` is why it is not the newest."""
+def draw(view: View, trouble: str, height: int) -> RenderableType:
+    """A view as a terminal of so many lines shows it; `trouble` is why it is not the newest."""
     parts: list[RenderableType] = [
-        Text(f"VirNucPro  {format_value(snapshot.taken_at)}  Ctrl-C ends", style="dim")
+        Text(f"VirNucPro  {format_value(view.taken_at)}  Ctrl-C ends", style="dim")
     ]
     if trouble:
         parts.append(Text(f"the ledger does not answer: {trouble}", style="bold red"))
-    elif not snapshot.workers and any(job.state == "running" for job in snapshot.jobs):
+    elif not view.workers and any(job.state == "running" for job in view.jobs):
         parts.append(Text("No worker is running: `virnucpro worker` starts one.", style="bold yellow"))
-    jobs, *others = [found for found in list_tables(snapshot) if found[2] or found[0] == "Jobs"]
+    jobs, *others = [found for found in list_tables(view) if found[2] or found[0] == "Jobs"]
     # What does not fit is cut off below: jobs, which may be many, leave room for the rest.
     room = max(LEAST_JOBS, height - len(parts) - 2 - sum(len(rows) + 2 for _, _, rows in others))
     title, columns, rows = jobs
     more = f" ({len(rows) - room} more)" if len(rows) > room else ""
-    parts += ["", make_table(title + more, columns, rows[:room], [draw_bar(job) for job in snapshot.jobs])]
+    parts += ["", make_table(title + more, columns, rows[:room], [draw_bar(job) for job in view.jobs])]
     for title, columns, rows in others:
         parts += ["", make_table(title, columns, rows)]
     return Group(*parts)
@@ -147,14 +147,14 @@ def draw_bar(job: JobOverview) -> ProgressBar:
     return ProgressBar(total=max(job.residues, 1), completed=job.residues_done)
 
 
-def list_tables(snapshot: Snapshot) -> list[tuple[str, Sequence[str], list[list[object]]]]:
-    """The tables of a snapshot: title, which stands over the first column, columns, rows."""
-    is_worked_on = any(EXTRACT_QUEUE in worker.queue.split(",") for worker in snapshot.workers)
+def list_tables(view: View) -> list[tuple[str, Sequence[str], list[list[object]]]]:
+    """The tables of a view: title, which stands over the first column, columns, rows."""
+    is_worked_on = any(EXTRACT_QUEUE in worker.queue.split(",") for worker in view.workers)
     return [
-        ("Jobs", JOB_COLUMNS, [list_job(job, is_worked_on) for job in snapshot.jobs]),
-        ("Workers", WORKER_COLUMNS, [list_worker(one) for one in snapshot.workers]),
-        ("Newest failures", FAILURE_COLUMNS, [list_failure(one) for one in snapshot.failures]),
-        ("Newest setbacks", SETBACK_COLUMNS, [list_setback(one) for one in snapshot.setbacks]),
+        ("Jobs", JOB_COLUMNS, [list_job(job, is_worked_on) for job in view.jobs]),
+        ("Workers", WORKER_COLUMNS, [list_worker(one) for one in view.workers]),
+        ("Newest failures", FAILURE_COLUMNS, [list_failure(one) for one in view.failures]),
+        ("Newest setbacks", SETBACK_COLUMNS, [list_setback(one) for one in view.setbacks]),
     ]
 
 

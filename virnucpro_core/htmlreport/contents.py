@@ -31,7 +31,16 @@ from virnucpro_core.ledger.queries import (
 )
 from virnucpro_core.ledger.runs import ChunkRun, chunk_runs
 from virnucpro_core.ledger.transitions import MATRIX, MERGE
-from virnucpro_core.ledger.work import EXPORT, FAILURES, MANIFEST, MERGED, NewArtifact
+from virnucpro_core.ledger.work import (
+    EXPORT,
+    FAILURES,
+    MANIFEST,
+    MERGED,
+    SUFFIXES,
+    NewArtifact,
+    export_name,
+    file_name,
+)
 from virnucpro_core.roots import OUTPUT_ADVICE, resolve_below
 from virnucpro_core.sequences.chunks import ChunkRange
 from virnucpro_core.sequences.compression import Compression
@@ -187,18 +196,16 @@ def measure_lengths(
 
 def name_files(artifacts: Iterable[ArtifactRow | NewArtifact], submission: SubmissionRow) -> list[ResultFile]:
     """The files of a result, under the names that a submission's readers find them by."""
-    stem = submission.stem
     files: dict[str, ResultFile] = {}
     for artifact in artifacts:
         own = Path(artifact.path).name
         if artifact.kind == EXPORT:
-            name = own.replace("result", f"{stem}_ESM", 1)
-        elif artifact.kind == MERGED and own == f"merged_{submission.id}.pt":
-            name = f"{stem}_merged.pt"
-        elif artifact.kind == FAILURES:
-            name = f"{stem}.failures.jsonl"
-        elif artifact.kind == MANIFEST and own == f"manifest_{submission.id}.json":
-            name = f"{stem}.manifest.json"
+            name = export_name(submission.stem, own)
+        elif artifact.kind == FAILURES or own in (
+            file_name(MERGED, submission.id),
+            file_name(MANIFEST, submission.id),
+        ):
+            name = submission.stem + SUFFIXES[artifact.kind]
         else:
             continue
         files[name] = ResultFile(name, artifact.sha256, artifact.bytes, artifact.rows)

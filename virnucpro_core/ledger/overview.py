@@ -84,13 +84,12 @@ def list_job_overviews(
     tx: Connection,
     *,
     limit: int = 50,
-    job_id: int | None = None,
     jobs: Sequence[int] | None = None,
     state: str | None = None,
     named: str = "",
     before: int | None = None,
 ) -> list[JobOverview]:
-    """The newest jobs first; one job, or some, if asked.
+    """The newest jobs first.
 
     Args:
         jobs: only those with these ids.
@@ -130,7 +129,7 @@ def list_job_overviews(
                     WHERE c.job_id = j.id AND c.state = 'pending' AND c.error IS NOT NULL
                     ORDER BY c.claimed_at DESC LIMIT 1) setback
                 ON j.state = 'running'
-             WHERE (CAST(:job AS bigint) IS NULL OR j.id = :job) AND (CAST(:state AS text) IS NULL OR j.state = :state)
+             WHERE (CAST(:state AS text) IS NULL OR j.state = :state)
                AND (CAST(:jobs AS bigint[]) IS NULL OR j.id = ANY(:jobs))
                AND (CAST(:before AS bigint) IS NULL OR j.id < :before)
                AND (:named = '' OR EXISTS (SELECT 1 FROM submissions s
@@ -140,7 +139,6 @@ def list_job_overviews(
         {
             "recent": RECENT_CHUNKS,
             "window": RECENT_CHUNKS + 1,
-            "job": job_id,
             "jobs": None if jobs is None else list(jobs),
             "state": state,
             "named": named,

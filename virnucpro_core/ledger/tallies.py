@@ -17,10 +17,8 @@ from virnucpro_core.ledger.work import Claim, Result
 CHUNK_SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, float("inf"))
 """Upper bounds of the classes that chunks are sorted into by the seconds they took."""
 
-SEQUENCES, EMBEDDED = (
-    "sequences",
-    "embedded",
-)  # labelled by what became of them: this, or the reason of a failure
+# Sequences are labelled by what became of them: embedded, or the reason of a failure.
+SEQUENCES, EMBEDDED = "sequences", "embedded"
 RESIDUES, TOKENS, POSITIONS = "residues", "tokens", "positions"
 CHUNKS, SECONDS = "chunks", "seconds"  # chunks are labelled by the upper bound of their class
 DUPLICATES = "duplicates"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from virnucpro_core.failures import Failure
@@ -18,9 +19,23 @@ EXPORT, MERGED, FAILURES, MANIFEST, REPORT = "export", "merged", "failures", "ma
 """Kinds of artifacts, beside the matrix."""
 
 
-def report_name(submission_id: int) -> str:
-    """The file name of the artifact that is one submission's report."""
-    return f"report_{submission_id}.html"
+SUFFIXES = {
+    MERGED: "_merged.pt",
+    FAILURES: ".failures.jsonl",
+    MANIFEST: ".manifest.json",
+    REPORT: ".report.html",
+}
+"""What follows the stem in the name that a file is published under, by its kind; exports have `export_name`."""
+
+
+def export_name(stem: str, artifact: str) -> str:
+    """The name that an exported file is published under; as an artifact it is `result.pt`, or a shard of that."""
+    return artifact.replace("result", f"{stem}_ESM", 1)
+
+
+def file_name(kind: str, submission_id: int) -> str:
+    """The file name of an artifact made for one submission: `merged_7.pt`, `manifest_7.json`, `report_7.html`."""
+    return f"{kind}_{submission_id}{PurePath(SUFFIXES[kind]).suffix}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

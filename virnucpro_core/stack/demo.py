@@ -22,6 +22,7 @@ from virnucpro_core.features.manifests import Manifest, find_faults, read_manife
 from virnucpro_core.ledger.database import in_transaction, open_ledger
 from virnucpro_core.ledger.queries import find_job, find_submission, get_job
 from virnucpro_core.ledger.registration import recipe_for
+from virnucpro_core.ledger.work import MANIFEST, REPORT, SUFFIXES
 from virnucpro_core.models import register_checkpoint
 from virnucpro_core.roots import resolve_below
 from virnucpro_core.settings import Settings, load_settings
@@ -225,10 +226,10 @@ def summarise(ledger: Engine, fasta: Path, run_state: str, started: float, conso
         return 1
     submission = in_transaction(ledger, find_submission, job.id, str(fasta))
     folder = load_settings().output_root / submission.folder(job.input_sha256, job.recipe_sha256)
-    manifest = read_manifest(folder / f"{submission.stem}.manifest.json")
+    manifest = read_manifest(folder / (submission.stem + SUFFIXES[MANIFEST]))
     faults = find_faults(manifest, folder)
     facts = describe(job, manifest, folder, faults)
-    page = folder / f"{submission.stem}.report.html"
+    page = folder / (submission.stem + SUFFIXES[REPORT])
     if page.is_file():
         facts.append(("report", str(page)))
     if job.finished_at.timestamp() < started:
