@@ -9,18 +9,18 @@ import pytest
 from sqlalchemy import text
 
 from tests.fixtures_airflow import House, wait_until
-from virnucpro_core.stack.supervisor import children_of
+from virnucpro_core.stack.supervisor import children_of, kill
 
 pytestmark = [pytest.mark.e2e, pytest.mark.faults, pytest.mark.timeout(600)]
 
 COMPONENTS = ["triggerer", "scheduler", "api-server"]
 
 
-def kill(house: House, component: str) -> int:
+def kill_component(house: House, component: str) -> int:
     """SIGKILL a component with all its children; returns the process id that it had."""
     process = psutil.Process(house.supervisor.pid(component))
     for one in [*children_of(process), process]:
-        one.kill()
+        kill(one)
     return process.pid
 
 
@@ -36,7 +36,7 @@ def test_components_are_killed_while_a_file_waits(house: House, proteins: Path) 
     with house.relay_at_rest():
         run = house.trigger(proteins)
         house.wait_for_task(run, "extract", "deferred", attempt=1)
-        killed = {component: kill(house, component) for component in COMPONENTS}
+        killed = {component: kill_component(house, component) for component in COMPONENTS}
         for component, pid in killed.items():
             wait_until(lambda component=component, pid=pid: house.supervisor.pid(component) not in (0, pid))
         assert len(house.waiters(house.job_of(proteins).id)) == 1, "its row is what says that it waits"

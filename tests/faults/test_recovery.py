@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from virnucpro_core.settings import Settings
+from virnucpro_core.stack.supervisor import kill
 
 if TYPE_CHECKING:
     from tests.fixtures_pipeline import Pipeline
@@ -51,7 +52,7 @@ def test_chunk_of_a_killed_host_runs_again_within_30_seconds(
     )
     launcher = psutil.Process(doomed.process.pid)
     for process in [launcher, *launcher.children(recursive=True)]:
-        process.kill()
+        kill(process)
     (killed,) = pipeline.rows("SELECT now() AS at")
     ((again, waiting),) = pipeline.wait_until(
         lambda: pipeline.rows(

@@ -19,6 +19,7 @@ from sqlalchemy.engine import make_url
 from virnucpro_core.errors import ServiceError
 from virnucpro_core.stack.postgres import LedgerUrls, PostgresServer
 from virnucpro_core.stack.processes import Secrets, choose_port
+from virnucpro_core.stack.supervisor import is_alive
 from virnucpro_core.stack.valkey import ValkeyServer
 
 pytestmark = pytest.mark.integration
@@ -129,4 +130,4 @@ def test_servers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
         os.kill(starter.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(children, timeout=20)
     # An orphan that nobody reaps (a container without an init) stays a zombie: it has ended all the same.
-    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+    assert [process for process in alive if is_alive(process)] == []

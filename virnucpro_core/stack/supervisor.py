@@ -11,6 +11,7 @@ import time
 import xmlrpc.client
 from collections.abc import Iterable, Mapping
 from configparser import RawConfigParser
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -152,7 +153,7 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
         for process in filter(is_alive, family):
             log.warning("process outlived its stop and is killed", pid=process.pid, command=name_of(process))
-            process.kill()
+            kill(process)
         if self.process is not None:
             self.process.wait()
         psutil.wait_procs(family, timeout=10)
@@ -252,6 +253,12 @@ def is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def kill(process: psutil.Process) -> None:
+    """SIGKILL, unless the process ended by itself in this moment."""
+    with suppress(psutil.NoSuchProcess):
+        process.kill()
 
 
 def children_of(process: psutil.Process) -> list[psutil.Process]:
