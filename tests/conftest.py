@@ -14,7 +14,10 @@ import httpx
 import hypothesis
 import pytest
 import redis
+from sqlalchemy import Connection, Engine
 
+from tests import ledger_jobs
+from virnucpro_core.ledger.database import open_ledger, upgrade
 from virnucpro_core.settings import PREFIX, Settings, load_settings
 from virnucpro_core.stack.airflow import log_in
 from virnucpro_core.stack.description import Description
@@ -88,8 +91,6 @@ def valkey_server(servers_folder: Path, server_secrets: Secrets) -> Iterator[Val
 @pytest.fixture(scope="session")
 def migrated_template(postgres: PostgresServer) -> str:
     """The name of a database that the migrations ran in, for copying."""
-    from virnucpro_core.ledger.database import upgrade
-
     upgrade(postgres.create_ledger_database(MIGRATED)["owner"])
     return MIGRATED
 
@@ -120,6 +121,22 @@ def ledger_urls(postgres: PostgresServer, migrated_template: str) -> Iterator[Le
 def ledger_url(ledger_urls: LedgerUrls) -> str:
     """A fresh migrated ledger, as its owner sees it."""
     return ledger_urls["owner"]
+
+
+@pytest.fixture
+def ledger(ledger_url: str) -> Iterator[Engine]:
+    """A fresh migrated ledger, opened by its owner."""
+    engine = open_ledger(ledger_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def tx(ledger: Engine) -> Iterator[Connection]:
+    """A transaction that is rolled back, in a ledger with the model "tiny"."""
+    with ledger.connect() as connection:
+        ledger_jobs.add_model(connection)
+        yield connection
 
 
 @pytest.fixture

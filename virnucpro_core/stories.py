@@ -106,6 +106,25 @@ class RecordStory:
     untold: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """What the ledger says of a record, of one moment.
+
+    Attributes:
+        chunk: see `find_chunk`.
+        failures_before: how many records before it failed.
+        merged: the artifacts of the job's merge.
+    """
+
+    job: Row[Any]
+    chunk: Row[Any]
+    failure: Failure | None
+    failures_before: int
+    attempts: tuple[Attempt, ...]
+    merged: Sequence[ArtifactRow]
+    submissions: Sequence[SubmissionRow]
+
+
 def tell_story(ledger: Engine, settings: Settings, job_id: int, record: int) -> RecordStory:
     """What became of a record, by its number.
 
@@ -113,9 +132,8 @@ def tell_story(ledger: Engine, settings: Settings, job_id: int, record: int) -> 
         JobError: there is no such job.
     """
     # Files are read outside of the transaction, which must not wait for slow ones.
-    job, chunk, failure, failures_before, attempts, merged, submissions = in_transaction(
-        ledger, gather, job_id, record
-    )
+    account = in_transaction(ledger, read_account, job_id, record)
+    job, chunk, failure = account.job, account.chunk, account.failure
     untold = []
     name, in_input = None, None
     try:
@@ -127,9 +145,9 @@ def tell_story(ledger: Engine, settings: Settings, job_id: int, record: int) -> 
     if outcome == "embedded" and job.stage == EXTRACT and job.chunks_left:
         untold.append("its row in the result: there is none before all chunks are done")
     elif outcome == "embedded":
-        row = record - 1 - failures_before
+        row = record - 1 - account.failures_before
         try:
-            name = read_id(find_result(settings, merged), row, record) or name
+            name = read_id(find_result(settings, account.merged), row, record) or name
         except (ArtifactError, InputError) as error:
             untold.append(f"what the result says of it: {error}")
     return RecordStory(
@@ -142,7 +160,7 @@ def tell_story(ledger: Engine, settings: Settings, job_id: int, record: int) -> 
         outcome=outcome,
         failure=failure,
         row=row,
-        places=() if row is None else tuple(find_places(job, merged, submissions, row)),
+        places=() if row is None else tuple(find_places(account, row)),
         in_input=in_input,
         chunk=ChunkToday(
             id=chunk.id,
@@ -153,7 +171,7 @@ def tell_story(ledger: Engine, settings: Settings, job_id: int, record: int) -> 
             state=chunk.state,
             setback=chunk.error,
         ),
-        attempts=attempts,
+        attempts=account.attempts,
         model=job.model,
         recipe=job.recipe,
         execution=job.execution,
@@ -161,22 +179,16 @@ def tell_story(ledger: Engine, settings: Settings, job_id: int, record: int) -> 
     )
 
 
-def gather(
-    tx: Connection, job_id: int, record: int
-) -> tuple[
-    Row[Any], Row[Any], Failure | None, int, tuple[Attempt, ...], list[ArtifactRow], list[SubmissionRow]
-]:
-    """What the ledger says: the job, the record's chunk, its failure, how many records before it failed, the
-    attempts, the artifacts of the merge, and the submissions."""
+def read_account(tx: Connection, job_id: int, record: int) -> Account:
     job = get_job(tx, job_id)
-    return (
-        job,
-        find_chunk(tx, job_id, record),
-        find_failure(tx, job, record),
-        count_failures_before(tx, job, record),
-        tuple(attempts_on(tx, job_id, EXTRACT, record)),
-        artifacts_of(tx, job_id, stage=MERGE),
-        submissions_of(tx, job_id),
+    return Account(
+        job=job,
+        chunk=find_chunk(tx, job_id, record),
+        failure=find_failure(tx, job, record),
+        failures_before=count_failures_before(tx, job, record),
+        attempts=tuple(attempts_on(tx, job_id, EXTRACT, record)),
+        merged=artifacts_of(tx, job_id, stage=MERGE),
+        submissions=submissions_of(tx, job_id),
     )
 
 
@@ -255,11 +267,9 @@ def read_id(result: Matrix | None, row: int, record: int) -> str | None:
     return result.ids(row, row + 1)[0]
 
 
-def find_places(
-    job: Row[Any], merged: Sequence[ArtifactRow], submissions: Sequence[SubmissionRow], row: int
-) -> Iterator[Place]:
+def find_places(account: Account, row: int) -> Iterator[Place]:
     """The published files that hold a row of a job's result."""
-    exports = [made for made in merged if made.kind == EXPORT]
+    exports = [made for made in account.merged if made.kind == EXPORT]
     within = row
     for export in exports:
         if within < export.rows:
@@ -267,7 +277,8 @@ def find_places(
         within -= export.rows
     else:
         return
-    for submission in submissions:
+    job = account.job
+    for submission in account.submissions:
         if submission.published_generation == job.generation:
             folder = submission.folder(job.input_sha256, job.recipe_sha256)
             name = export_name(submission.stem, Path(export.path).name)

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, text
 
 from tests import ledger_jobs as jobs
 from virnucpro_core.ledger import suspects, transitions, workers
-from virnucpro_core.ledger.database import in_transaction, open_ledger
+from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.jobs import cancel, resume
 from virnucpro_core.ledger.queries import artifacts_of
 from virnucpro_core.ledger.setbacks import attempts_on
@@ -26,20 +26,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.integration
 pytest_plugins = ["tests.fixtures_pipeline", "tests.fixtures_command"]
-
-
-@pytest.fixture
-def ledger(ledger_url: str) -> Iterator[Engine]:
-    engine = open_ledger(ledger_url)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def tx(ledger: Engine) -> Iterator[Connection]:
-    with ledger.connect() as connection:
-        jobs.add_model(connection)
-        yield connection
 
 
 def outcomes(tx: Connection, job: int, record: int) -> list[tuple[int, str, str | None]]:

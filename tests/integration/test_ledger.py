@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,20 +21,6 @@ from virnucpro_core.ledger.work import Resumed
 from virnucpro_core.stack.postgres import LedgerUrls
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def ledger(ledger_url: str) -> Iterator[Engine]:
-    engine = open_ledger(ledger_url)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def tx(ledger: Engine) -> Iterator[Connection]:
-    with ledger.connect() as connection:
-        jobs.add_model(connection)
-        yield connection
 
 
 def state_of(tx: Connection, job_id: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -30,13 +29,6 @@ from virnucpro_core.ledger.work import Claim, Registered
 pytestmark = pytest.mark.integration
 
 CHUNKS = 3
-
-
-@pytest.fixture
-def ledger(ledger_url: str) -> Iterator[Engine]:
-    engine = open_ledger(ledger_url)
-    yield engine
-    engine.dispose()
 
 
 class LedgerMachine(RuleBasedStateMachine):
