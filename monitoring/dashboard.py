@@ -106,7 +106,7 @@ def queues() -> list[timeseries.Panel]:
                 ("virnucpro_oldest_pending_seconds", "{{queue}}"),
                 ("virnucpro_merge_lag_seconds", "in {{stage}}"),
             ],
-            "How long the oldest message has been due, and the oldest job in a stage after extraction.",
+            "How long the oldest chunk has waited, and the oldest job been in a stage after extraction.",
         ),
         lines(
             "Messages",
@@ -215,6 +215,7 @@ def faults() -> list[timeseries.Panel]:
             "Dealt with",
             units.Short,
             [
+                ("increase(virnucpro_setbacks_total[1h])", "chunk {{kind}}"),
                 ("increase(virnucpro_lease_expired_total[1h])", "worker {{reason}}"),
                 ("increase(virnucpro_duplicate_commit_rejected_total[1h])", "duplicate result"),
                 ("increase(virnucpro_messages_rejected_total[1h])", "message refused: {{reason}}"),

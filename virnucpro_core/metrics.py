@@ -33,6 +33,7 @@ from virnucpro_core.ledger import tallies
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.overview import WorkerOverview
 from virnucpro_core.ledger.rejections import RejectionReason
+from virnucpro_core.ledger.setbacks import COUNTED
 from virnucpro_core.ledger.snapshot import Snapshot, take_snapshot
 
 log = structlog.get_logger()
@@ -85,7 +86,7 @@ def queue_metrics(snapshot: Snapshot) -> Iterator[Metric]:
     )
     yield gauge(
         "oldest_pending_seconds",
-        "How long the message that is due for longest has been; 0 without one.",
+        "How long the chunk that waits for longest has waited; 0 without one.",
         {queue.queue: queue.oldest_pending_seconds for queue in snapshot.queues},
         "queue",
     )
@@ -139,7 +140,14 @@ def work_metrics(snapshot: Snapshot) -> Iterator[Metric]:
 
 
 def fault_metrics(snapshot: Snapshot) -> Iterator[Metric]:
-    """What went wrong, and was dealt with."""
+    """What went wrong: with chunks and workers, which was dealt with, and with jobs, which was not."""
+    yield counter("job_failures", "How often a job failed.", snapshot.job_failures)
+    yield counter(
+        "setbacks",
+        "Attempts on chunks that came to nothing by a fault: failed, or their worker died, halved them or was stopped.",
+        dict.fromkeys(map(str, COUNTED), 0.0) | snapshot.tallies.by_label(tallies.SETBACKS),
+        "kind",
+    )
     yield counter(
         "lease_expired",
         "Workers that were given up: their lease ran out (silent), or they made no progress (stuck).",

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from sqlalchemy import Connection, Engine
 
-from virnucpro_core.errors import ArtifactError
+from virnucpro_core.errors import ArtifactError, ServiceError
 from virnucpro_core.features.files import hash_file
 from virnucpro_core.features.manifests import read_manifest
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.queries import ArtifactRow, artifacts_of, find_lost, get_job, submissions_of
 from virnucpro_core.ledger.transitions import VALIDATE
-from virnucpro_core.ledger.work import FAILURES, MANIFEST, MERGED, REPORT, SUFFIXES, file_name
+from virnucpro_core.ledger.work import FAILURES, JOBS, MANIFEST, MERGED, REPORT, SUFFIXES, file_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,7 @@ def verify_job(
 
     Raises:
         JobError: there is no such job.
+        ServiceError: this host does not see the output folder.
     """
     files = in_transaction(ledger, find_files, output_root, job_id)
     total = sum(artifact.bytes for artifact in files.artifacts)
@@ -113,6 +114,7 @@ def look_at_job(ledger: Engine, output_root: Path, job_id: int) -> Verification:
 
     Raises:
         JobError: there is no such job.
+        ServiceError: this host does not see the output folder, or may not look into it.
     """
     files = in_transaction(ledger, find_files, output_root, job_id)
     lost = set(find_lost(files.artifacts, output_root))
@@ -125,6 +127,8 @@ def find_files(tx: Connection, output_root: Path, job_id: int) -> JobFiles:
     """The files that a job should have in its current generation."""
     job = get_job(tx, job_id)
     artifacts = artifacts_of(tx, job_id)
+    if artifacts:
+        require_output(output_root)
     recorded = frozenset(artifact.sha256 for artifact in artifacts)
     published: dict[str, Collection[str]] = {}
     for submission in submissions_of(tx, job_id):
@@ -144,6 +148,19 @@ def find_files(tx: Connection, output_root: Path, job_id: int) -> JobFiles:
             name = file_name(MERGED, submission.id)
             published[base + SUFFIXES[MERGED]] = {a.sha256 for a in artifacts if a.path.endswith(f"/{name}")}
     return JobFiles(artifacts, published)
+
+
+def require_output(output_root: Path) -> None:
+    """Refuse to look for files where none can be: all of them would be taken for lost, and made again.
+
+    A volume that is not mounted is an empty folder, and a wrong setting another one: neither has workers' files.
+    """
+    if not (output_root / JOBS).is_dir():
+        raise ServiceError(
+            "this host does not see the output folder: what workers write is not in it",
+            where=str(output_root / JOBS),
+            todo="Mount it here, or set VIRNUCPRO_OUTPUT_ROOT. If it was emptied on purpose, make this folder.",
+        )
 
 
 def conclude(job_id: int, files: JobFiles, faults: dict[str, str]) -> Verification:

@@ -28,7 +28,7 @@ from dags.page.rendering import Live, show
 from dags.page.security import MAY_READ, make_token, may_act
 from virnucpro_core.failures import FailureReason
 from virnucpro_core.ledger.database import in_transaction
-from virnucpro_core.ledger.queries import artifacts_of, get_job
+from virnucpro_core.ledger.queries import artifacts_of, count_artifacts, get_job
 from virnucpro_core.ledger.transitions import EXTRACT
 
 STATES = ("running", "succeeded", "failed", "cancelled")
@@ -121,8 +121,9 @@ def download_failures(job_id: JobId, ledger: Ledger) -> Response:
 def show_chunk_files(job_id: JobId, ledger: Ledger) -> Response:
     """The files that a job's chunks made."""
     in_transaction(ledger, get_job, job_id)
-    files = in_transaction(ledger, artifacts_of, job_id, stage=EXTRACT)
-    return show("chunks.html", files=files[:CHUNKS_SHOWN], total=len(files))
+    files = in_transaction(ledger, artifacts_of, job_id, stage=EXTRACT, limit=CHUNKS_SHOWN)
+    total = in_transaction(ledger, count_artifacts, job_id, stage=EXTRACT)
+    return show("chunks.html", files=files, total=total)
 
 
 def live_jobs(ledger: Engine, state: str, named: str, before: int | None) -> Live:

@@ -1,5 +1,4 @@
-"""The ledger: models, inputs, submissions, jobs, chunks, setbacks, failures, artifacts, workers, tallies, waiters,
-outbox, rejections.
+"""The ledger: models, inputs, submissions, jobs, chunks, failures, artifacts, workers, waiters, outbox, rejections.
 
 Revision ID: 0001
 Revises:
@@ -10,6 +9,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
+
+from migrations.grants import grant
 
 revision = "0001"
 down_revision = None
@@ -30,16 +31,14 @@ GRANTS = {
         "GRANT UPDATE (embeddings, failed, truncated, unknown, tokens, seconds) ON chunks",
         "GRANT INSERT, UPDATE, DELETE ON outbox, waiters",
         "GRANT DELETE ON artifacts, failures",
-        "GRANT INSERT, DELETE ON setbacks",
     ],
     "virnucpro_worker": [
         "GRANT SELECT ON ALL TABLES IN SCHEMA public",
         "GRANT UPDATE ON jobs",
         "GRANT UPDATE (error, published_generation, published_at) ON submissions",
         "GRANT INSERT, UPDATE ON rejections",
-        "GRANT INSERT, UPDATE ON workers, tallies",
+        "GRANT INSERT, UPDATE ON workers",
         "GRANT INSERT, UPDATE, DELETE ON chunks, outbox, artifacts, failures",
-        "GRANT INSERT, DELETE ON setbacks",
         "GRANT USAGE ON SEQUENCE lease_tokens",
     ],
 }
@@ -135,13 +134,7 @@ def upgrade() -> None:
             server_default=sa.text("now()"),
             nullable=False,
         ),
-        sa.Column("gpu_utilization", sa.Double(), nullable=True),
-        sa.Column("gpu_memory_used", sa.BigInteger(), nullable=True),
-        sa.Column("gpu_memory_total", sa.BigInteger(), nullable=True),
-        sa.Column("gpu_memory_peak", sa.BigInteger(), nullable=True),
-        sa.CheckConstraint(
-            "state IN ('live', 'stuck', 'silent', 'gone')", name=op.f("ck_workers_state_known")
-        ),
+        sa.CheckConstraint("state IN ('live', 'stuck', 'gone')", name=op.f("ck_workers_state_known")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_workers")),
     )
     op.create_index(
@@ -155,18 +148,6 @@ def upgrade() -> None:
         "uq_workers_live_node", "workers", ["node"], unique=True, postgresql_where=sa.text("state = 'live'")
     )
     op.create_table(
-        "tallies",
-        sa.Column("worker_id", sa.BigInteger(), nullable=False),
-        sa.Column("stage", sa.Text(), nullable=False),
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("label", sa.Text(), nullable=False),
-        sa.Column("value", sa.Double(), nullable=False),
-        sa.CheckConstraint("value >= 0", name=op.f("ck_tallies_value_not_negative")),
-        sa.ForeignKeyConstraint(["stage"], ["stages.name"], name=op.f("fk_tallies_stage")),
-        sa.ForeignKeyConstraint(["worker_id"], ["workers.id"], name=op.f("fk_tallies_worker_id")),
-        sa.PrimaryKeyConstraint("worker_id", "stage", "name", "label", name=op.f("pk_tallies")),
-    )
-    op.create_table(
         "jobs",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
         sa.Column("input_sha256", sa.Text(), nullable=False),
@@ -176,12 +157,6 @@ def upgrade() -> None:
         sa.Column("generation", sa.BigInteger(), server_default="1", nullable=False),
         sa.Column("state", sa.Text(), server_default="running", nullable=False),
         sa.Column("stage", sa.Text(), nullable=False),
-        sa.Column(
-            "stage_since",
-            postgresql.TIMESTAMP(timezone=True),
-            server_default=sa.text("now()"),
-            nullable=False,
-        ),
         sa.Column("chunks_total", sa.BigInteger(), nullable=False),
         sa.Column("chunks_left", sa.BigInteger(), nullable=False),
         sa.Column("records", sa.BigInteger(), nullable=False),
@@ -321,16 +296,6 @@ def upgrade() -> None:
     op.create_index(
         "ix_chunks_suspect", "chunks", ["job_id"], unique=False, postgresql_where=sa.text("deaths > 0")
     )
-    op.create_index(
-        "ix_chunks_failed", "chunks", ["job_id"], unique=False, postgresql_where=sa.text("state = 'failed'")
-    )
-    op.create_index(
-        "ix_chunks_done_by",
-        "chunks",
-        ["worker_id", "finished_at"],
-        unique=False,
-        postgresql_where=sa.text("state = 'done' AND stage = 'extract'"),
-    )
     op.create_table(
         "failures",
         sa.Column("job_id", sa.BigInteger(), nullable=False),
@@ -346,38 +311,6 @@ def upgrade() -> None:
         sa.CheckConstraint("record >= 1", name=op.f("ck_failures_record_positive")),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_failures_job_id"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("job_id", "generation", "record", name=op.f("pk_failures")),
-    )
-    op.create_table(
-        "setbacks",
-        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column("job_id", sa.BigInteger(), nullable=False),
-        sa.Column("generation", sa.BigInteger(), nullable=False),
-        sa.Column("stage", sa.Text(), nullable=False),
-        sa.Column("chunk_id", sa.BigInteger(), nullable=False),
-        sa.Column("first_record", sa.BigInteger(), nullable=False),
-        sa.Column("records", sa.BigInteger(), nullable=False),
-        sa.Column("attempt", sa.BigInteger(), nullable=False),
-        sa.Column("worker_id", sa.BigInteger(), nullable=False),
-        sa.Column("claimed_at", postgresql.TIMESTAMP(timezone=True), nullable=False),
-        sa.Column(
-            "ended_at", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False
-        ),
-        sa.Column("kind", sa.Text(), nullable=False),
-        sa.Column("error", sa.Text(), nullable=False),
-        sa.CheckConstraint(
-            "kind IN ('failed', 'died', 'halved', 'handed_back', 'cancelled', 'lost')",
-            name=op.f("ck_setbacks_kind_known"),
-        ),
-        sa.CheckConstraint(
-            "first_record >= 1 AND records >= 1 AND attempt >= 1", name=op.f("ck_setbacks_range_not_empty")
-        ),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_setbacks_job_id"), ondelete="CASCADE"),
-        sa.ForeignKeyConstraint(["stage"], ["stages.name"], name=op.f("fk_setbacks_stage")),
-        sa.ForeignKeyConstraint(["worker_id"], ["workers.id"], name=op.f("fk_setbacks_worker_id")),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_setbacks")),
-    )
-    op.create_index(
-        "ix_setbacks_job", "setbacks", ["job_id", "generation", "stage", "first_record"], unique=False
     )
     op.create_table(
         "submissions",
@@ -446,7 +379,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_outbox_delayed",
         "outbox",
-        ["queue", "due_at"],
+        ["due_at"],
         unique=False,
         postgresql_where=sa.text("published_at IS NULL"),
     )
@@ -468,11 +401,7 @@ def upgrade() -> None:
     op.bulk_insert(
         stages, [{"name": name, "position": position, "queue": queue} for name, position, queue in STAGES]
     )
-    known = set(op.get_bind().scalars(sa.text("SELECT rolname FROM pg_roles")))
-    for role, grants in GRANTS.items():
-        if role in known:
-            for grant in grants:
-                op.execute(f"{grant} TO {role}")
+    grant(GRANTS)
 
 
 def downgrade() -> None:
@@ -481,11 +410,9 @@ def downgrade() -> None:
         "waiters",
         "artifacts",
         "failures",
-        "setbacks",
         "chunks",
         "submissions",
         "jobs",
-        "tallies",
         "workers",
         "stages",
         "rejections",

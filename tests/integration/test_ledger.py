@@ -102,6 +102,15 @@ def test_a_worker_of_another_execution_class_is_declined(tx: Connection) -> None
     assert queries.find_setback(tx, job_id) is None
 
 
+def test_a_chunk_that_was_only_declined_does_not_hide_one_that_failed(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    first, second, _ = jobs.pending_chunks(tx, job_id)
+    send_again(tx, first, delay=2, reason="its job is pinned to another execution class")
+    claimed = jobs.claim(tx, second, jobs.start_worker(tx))
+    transitions.fail(tx, claimed, "no space left on device", max_attempts=5)
+    assert queries.find_setback(tx, job_id) == "no space left on device"
+
+
 def test_a_declined_claim_pins_nothing(tx: Connection) -> None:
     job_id = jobs.register(tx, jobs.scan()).job_id
     gone, live = jobs.start_worker(tx, "gone"), jobs.start_worker(tx, "live")

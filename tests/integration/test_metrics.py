@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
 from monitoring.dashboard import FILE
 from tests import ledger_jobs as jobs
 from virnucpro_core.failures import FailureReason
 from virnucpro_core.gpus import GpuUse
 from virnucpro_core.ledger.database import in_transaction, open_ledger
-from virnucpro_core.ledger.jobs import cancel
-from virnucpro_core.ledger.outbox import take_due
+from virnucpro_core.ledger.jobs import cancel, resume
+from virnucpro_core.ledger.outbox import send_again, take_due
+from virnucpro_core.ledger.overview import list_job_overviews, list_newest_failures, list_worker_overviews
 from virnucpro_core.ledger.rejections import RejectionReason, count_rejections
+from virnucpro_core.ledger.setbacks import COUNTED
 from virnucpro_core.ledger.tallies import count_duplicate
 from virnucpro_core.ledger.transitions import complete, fail
 from virnucpro_core.ledger.workers import beat, expire_stuck_workers, expire_workers
 from virnucpro_core.metrics import LedgerCollector
+from virnucpro_core.reports import report_job
 from virnucpro_core.stack.postgres import LedgerUrls
 
 pytestmark = pytest.mark.integration
@@ -108,7 +113,7 @@ def test_queues_are_counted_without_looking_at_each_chunk(
     job = register(engines)
     worker = in_transaction(ledger, jobs.start_worker)
     in_transaction(ledger, take_due, "extract", 3)
-    change(engines["owner"], "UPDATE outbox SET due_at = now() - interval '1 hour' WHERE chunk_id = 4")
+    change(engines["owner"], "UPDATE outbox SET since = now() - interval '1 hour' WHERE chunk_id = 4")
     first, second, *_ = in_transaction(ledger, jobs.pending_chunks, job)
     done = in_transaction(ledger, jobs.claim, first, worker)
     in_transaction(ledger, complete, done, jobs.result_of(done))
@@ -126,13 +131,35 @@ def test_queues_are_counted_without_looking_at_each_chunk(
     assert samples["virnucpro_jobs", "state=running"] == 1
 
 
-def test_message_that_is_not_due_yet_is_not_old(
+def test_a_chunk_that_every_worker_declines_grows_old(
     engines: dict[str, Engine], ledger: Engine, watcher: Watcher
 ) -> None:
     register(engines, 1)
-    change(engines["owner"], "UPDATE outbox SET due_at = now() + interval '1 hour'")
-    assert watcher.value("oldest_pending_seconds", "queue=extract") == 0
-    assert watcher.value("outbox_unsent", "queue=extract") == 1
+    change(engines["owner"], "UPDATE outbox SET since = now() - interval '1 hour'")
+    in_transaction(ledger, send_again, 1, delay=2, reason="its job is pinned to another execution class")
+    assert 3600 <= watcher.value("oldest_pending_seconds", "queue=extract") < 3700
+
+
+def test_attempts_that_came_to_nothing_and_failed_jobs_are_counted_for_ever(
+    engines: dict[str, Engine], ledger: Engine, watcher: Watcher
+) -> None:
+    job = register(engines)
+    worker = in_transaction(ledger, jobs.start_worker)
+    first, second, *_ = in_transaction(ledger, jobs.pending_chunks, job)
+    claimed = in_transaction(ledger, jobs.claim, first, worker)
+    in_transaction(ledger, fail, claimed, "no space left on device", max_attempts=5)
+    in_transaction(ledger, jobs.claim, second, worker)
+    successor = in_transaction(ledger, jobs.start_worker)  # the process died, and was started again at once
+    for _ in range(2):  # fails, is resumed, fails again
+        claimed = in_transaction(ledger, jobs.claim, first, successor)
+        in_transaction(ledger, fail, claimed, "cannot succeed", max_attempts=5, permanent=True)
+        in_transaction(engines["dag"], resume, job)
+    register(engines, force=True)
+    in_transaction(ledger, jobs.run_job, job, successor)  # forgets the older generation
+    samples = watcher.look()
+    counted = {kind: samples["virnucpro_setbacks_total", f"kind={kind}"] for kind in map(str, COUNTED)}
+    assert counted == {"failed": 3, "died": 1, "halved": 0, "handed_back": 0}
+    assert samples["virnucpro_job_failures_total", ""] == 2
 
 
 def test_cancelled_and_failed_jobs_wait_for_nothing(
@@ -209,6 +236,9 @@ def test_merge_lag_is_the_time_in_a_stage_after_extraction(
     assert 3600 <= samples["virnucpro_merge_lag_seconds", "stage=merge"] < 3700
     assert samples["virnucpro_merge_lag_seconds", "stage=validate"] == 0
     assert samples["virnucpro_chunks", "queue=finish,state=pending"] == 1
+    in_transaction(engines["dag"], cancel, job, by="a person")
+    in_transaction(engines["dag"], resume, job)
+    assert watcher.value("merge_lag_seconds", "stage=merge") < 60, "it was not in it while it was cancelled"
 
 
 def test_workers_that_are_given_up_and_what_they_hold_are_counted(
@@ -284,7 +314,13 @@ MILLION = """
            CASE WHEN done THEN records END, CASE WHEN done THEN 0 END, 100, 0.5
       FROM chunks CROSS JOIN (SELECT k, k % 2 = 0 AS done FROM generate_series(1, 1000000) k) WHERE id = 1;
     INSERT INTO outbox (chunk_id, queue) SELECT id, 'extract' FROM chunks WHERE id > 1 AND state = 'pending';
-    UPDATE jobs SET chunks_total = 1000001, chunks_left = 500001
+    UPDATE jobs SET chunks_total = 1000001, chunks_left = 500001, residues_done = 500000 * 900,
+                    records = 10000010, embeddings = 4000000, failed = 1000000;
+    UPDATE chunks SET failed = 2, embeddings = records - 2 WHERE state = 'done';
+    UPDATE chunks SET error = 'no space left on device' WHERE id IN (SELECT id FROM chunks
+                                                                      WHERE state = 'pending' LIMIT 100);
+    INSERT INTO failures (job_id, generation, record, record_id, reason, detail)
+    SELECT 1, 1, k, 'r' || k, 'empty', 'it has no residues' FROM generate_series(1, 1000000) k
 """
 
 
@@ -303,6 +339,19 @@ def test_a_million_chunks_are_read_in_well_under_a_second(
     assert samples["virnucpro_chunks", "queue=extract,state=done"] == 500_000
     assert samples["virnucpro_tokens_per_second", "node=gpu3@test"] == 200
     assert min(watcher.value("snapshot_seconds") for _ in range(5)) < 0.1
+    for look in (list_job_overviews, list_worker_overviews, partial(list_newest_failures, limit=8)):
+        assert fastest(engines["dag"], look) < 0.1
+    assert fastest(engines["dag"], partial(report_job, job_id=1)) < 0.5  # counts a million failures by reason
+
+
+def fastest(ledger: Engine, look: Callable[[Connection], object]) -> float:
+    """Seconds."""
+    taken = []
+    for _ in range(5):
+        began = time.perf_counter()
+        in_transaction(ledger, look)
+        taken.append(time.perf_counter() - began)
+    return min(taken)
 
 
 def test_every_metric_that_is_watched_exists(engines: dict[str, Engine], watcher: Watcher) -> None:

@@ -62,7 +62,8 @@ def do_chunk(tx: Connection, chunk: int, worker: int, *, failures: int = 0) -> N
 
 
 def set_times(tx: Connection, chunk: int, claimed: float, finished: float) -> None:
-    """A done chunk was claimed and finished so many seconds ago."""
+    """A done chunk was claimed and finished so many seconds ago, of a job that began days before."""
+    tx.execute(text("UPDATE jobs SET stage_since = now() - interval '7 days'"))
     change = """UPDATE chunks SET claimed_at = now() - make_interval(secs => :claimed),
                        finished_at = now() - make_interval(secs => :finished) WHERE id = :chunk"""
     tx.execute(text(change), {"chunk": chunk, "claimed": claimed, "finished": finished})
@@ -96,7 +97,7 @@ def test_chunk_that_a_slow_worker_began_long_ago_does_not_spoil_the_rate(tx: Con
     worker = jobs.start_worker(tx)
     for age, chunk in enumerate(jobs.pending_chunks(tx, job)[: RECENT_CHUNKS + 3]):
         do_chunk(tx, chunk, worker)
-        set_times(tx, chunk, 2000 if age == 7 else 101 + age, 100 + age)
+        set_times(tx, chunk, 2000 if age == 7 else 1 + age, age)
     assert overview(tx, job).residues_per_second == pytest.approx(RESIDUES)
 
 
@@ -106,6 +107,27 @@ def test_a_paused_job_has_no_rate_of_yesterday(tx: Connection) -> None:
     do_chunk(tx, chunk, jobs.start_worker(tx))
     set_times(tx, chunk, 86_410, 86_400)
     assert overview(tx, job).residues_per_second is None
+
+
+def test_the_rest_before_a_resumption_does_not_spoil_the_rate(tx: Connection) -> None:
+    job = jobs.register(tx, jobs.scan()).job_id
+    before, after, _ = jobs.pending_chunks(tx, job)
+    worker = jobs.start_worker(tx)
+    for chunk in (before, after):
+        do_chunk(tx, chunk, worker)
+    set_times(tx, before, 2010, 2000)
+    set_times(tx, after, 20, 10)
+    assert overview(tx, job).residues_per_second == pytest.approx(2 * RESIDUES / 2000)
+    tx.execute(text("UPDATE jobs SET stage_since = now() - interval '1 minute'"))
+    assert overview(tx, job).residues_per_second == pytest.approx(RESIDUES / 10)
+
+
+def test_the_rate_falls_when_nothing_more_is_done(tx: Connection) -> None:
+    job = jobs.register(tx, jobs.scan()).job_id
+    chunk = jobs.pending_chunks(tx, job)[0]
+    do_chunk(tx, chunk, jobs.start_worker(tx))
+    set_times(tx, chunk, 1010, 1000)
+    assert overview(tx, job).residues_per_second == pytest.approx(RESIDUES / 1000)
 
 
 def test_each_worker_is_one_row_with_the_chunk_that_it_computes(tx: Connection) -> None:

@@ -88,8 +88,8 @@ def begin_generation(
             UPDATE jobs
                SET generation = generation + 1, state = 'running', stage = :stage, stage_since = now(),
                    chunks_total = :chunks, chunks_left = :chunks, embeddings = 0, failed = 0, truncated = 0,
-                   unknown = 0, tokens = 0, seconds = 0, execution_class = NULL, execution = NULL, error = NULL,
-                   finished_at = NULL, forced_by = :forced_by
+                   unknown = 0, residues_done = 0, tokens = 0, seconds = 0, execution_class = NULL, execution = NULL,
+                   error = NULL, finished_at = NULL, forced_by = :forced_by
              WHERE id = :job
         """),
         {"job": job_id, "stage": EXTRACT, "chunks": len(chunks), "forced_by": forced_by},
@@ -125,8 +125,8 @@ def resume(tx: Connection, job_id: int, lost: Sequence[int] = ()) -> Resumed:
     )
     tx.execute(
         text("""
-            UPDATE jobs SET state = 'running', error = NULL, finished_at = NULL
-             WHERE id = :job AND state <> 'succeeded'
+            UPDATE jobs SET state = 'running', stage_since = now(), error = NULL, finished_at = NULL
+             WHERE id = :job AND state IN ('failed', 'cancelled')
         """),
         {"job": job_id},
     )
@@ -240,8 +240,10 @@ def reset_lost_chunks(tx: Connection, job_id: int) -> int:
             UPDATE jobs j
                SET state = 'running', stage = :stage, stage_since = now(), error = NULL, finished_at = NULL,
                    chunks_total = c.total, chunks_left = c.unfinished, embeddings = c.embeddings, failed = c.failed,
-                   truncated = c.truncated, unknown = c.unknown, tokens = c.tokens, seconds = c.seconds
+                   truncated = c.truncated, unknown = c.unknown, residues_done = c.residues, tokens = c.tokens,
+                   seconds = c.seconds
               FROM (SELECT count(*) AS total, count(*) FILTER (WHERE state <> 'done') AS unfinished,
+                           coalesce(sum(residues) FILTER (WHERE state = 'done'), 0) AS residues,
                            coalesce(sum(embeddings), 0) AS embeddings, coalesce(sum(failed), 0) AS failed,
                            sum(truncated) AS truncated, sum(unknown) AS unknown, sum(tokens) AS tokens,
                            coalesce(sum(seconds), 0) AS seconds
@@ -279,16 +281,15 @@ def cancel(tx: Connection, job_id: int, *, by: str) -> None:
     tx.execute(
         text("UPDATE jobs SET state = 'cancelled', finished_at = now() WHERE id = :job"), {"job": job_id}
     )
-    why = f"cancelled by {by}"
     held = tx.execute(
         text("SELECT id FROM chunks WHERE job_id = :job AND state = 'running'"), {"job": job_id}
     ).scalars()
-    note_setbacks(tx, held.all(), SetbackKind.CANCELLED, why)
+    note_setbacks(tx, held.all(), SetbackKind.CANCELLED, f"cancelled by {by}")
     tx.execute(
         text("""
-            UPDATE chunks SET state = 'pending', lease_token = NULL, attempts = attempts - 1, error = :error
+            UPDATE chunks SET state = 'pending', lease_token = NULL, attempts = attempts - 1
              WHERE job_id = :job AND state = 'running'
         """),
-        {"job": job_id, "error": why},
+        {"job": job_id},
     )
     withdraw_messages(tx, job_id)

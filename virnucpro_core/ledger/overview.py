@@ -8,6 +8,8 @@ from datetime import datetime
 
 from sqlalchemy import Connection, text
 
+from virnucpro_core.ledger.queries import NEWEST_SETBACK
+
 RECENT_CHUNKS = 32  # how many of a job's last chunks its present rate is taken from
 
 
@@ -20,7 +22,7 @@ class JobOverview:
         records, embeddings, failed: records in all, embedded so far, failed so far.
         residues, residues_done: residues in all, and in the extract chunks that are done.
         residues_per_second: over the last 32 chunks that were done within an hour, by the clock on the wall, all
-            workers together; None without one, and once extraction is over.
+            workers together; falls when nothing more is done. None without one, and once extraction is over.
         seconds_left: of extraction at that rate; None where there is no rate.
         setback: how the newest failed attempt of a chunk that waits ended, None if all is well.
     """
@@ -98,44 +100,37 @@ def list_job_overviews(
         before: only those older than this job.
     """
     rows = tx.execute(
-        text("""
+        text(f"""
             SELECT j.id, j.model, j.state, j.stage, j.generation, j.chunks_total, j.chunks_left, j.records,
                    j.embeddings, j.failed, j.error, j.created_at, j.finished_at, i.residues,
                    (SELECT s.stem FROM submissions s WHERE s.job_id = j.id ORDER BY s.id LIMIT 1) AS stem,
-                   CASE WHEN j.stage = 'extract' THEN coalesce(done.residues, 0) ELSE i.residues END AS residues_done,
-                   recent.residues / nullif(recent.seconds, 0) AS residues_per_second,
+                   j.residues_done, recent.residues / nullif(recent.seconds, 0) AS residues_per_second,
                    setback.error AS setback
               FROM jobs j
               JOIN inputs i ON i.sha256 = j.input_sha256
               LEFT JOIN LATERAL (
-                   SELECT sum(c.residues) AS residues FROM chunks c
-                    WHERE c.job_id = j.id AND c.stage = 'extract' AND c.state = 'done') done
-                ON j.stage = 'extract'
-              LEFT JOIN LATERAL (
                    -- From the end of the chunk before them: what a slow worker began long ago must not count.
                    SELECT sum(last.residues) FILTER (WHERE last.place <= :recent) AS residues,
-                          extract(epoch FROM max(last.finished_at)
-                                  - CASE WHEN count(*) > :recent THEN min(last.finished_at)
-                                         ELSE min(last.claimed_at) END) AS seconds
+                          extract(epoch FROM greatest(
+                              max(last.finished_at) - CASE WHEN count(*) > :recent THEN min(last.finished_at)
+                                                           ELSE min(last.claimed_at) END,
+                              now() - max(last.finished_at))) AS seconds
                      FROM (SELECT c.residues, c.claimed_at, c.finished_at,
                                   row_number() OVER (ORDER BY c.finished_at DESC, c.id DESC) AS place
                              FROM chunks c
                             WHERE c.job_id = j.id AND c.stage = 'extract' AND c.state = 'done'
                               AND c.finished_at > now() - interval '1 hour'
+                              AND c.claimed_at >= j.stage_since  -- a job may have rested before it was resumed
                             ORDER BY c.finished_at DESC, c.id DESC LIMIT :window) last) recent
                 ON j.state = 'running' AND j.stage = 'extract'
-              LEFT JOIN LATERAL (
-                   SELECT c.error FROM chunks c
-                    WHERE c.job_id = j.id AND c.state = 'pending' AND c.error IS NOT NULL
-                    ORDER BY c.claimed_at DESC LIMIT 1) setback
-                ON j.state = 'running'
+              LEFT JOIN LATERAL ({NEWEST_SETBACK}) setback ON j.state = 'running'
              WHERE (CAST(:state AS text) IS NULL OR j.state = :state)
                AND (CAST(:jobs AS bigint[]) IS NULL OR j.id = ANY(:jobs))
                AND (CAST(:before AS bigint) IS NULL OR j.id < :before)
                AND (:named = '' OR EXISTS (SELECT 1 FROM submissions s
                                             WHERE s.job_id = j.id AND position(lower(:named) IN lower(s.path)) > 0))
              ORDER BY j.id DESC LIMIT :limit
-        """),
+        """),  # noqa: S608 - a constant
         {
             "recent": RECENT_CHUNKS,
             "window": RECENT_CHUNKS + 1,

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-from virnucpro_core.errors import JobError
+from virnucpro_core.errors import JobError, ServiceError
 from virnucpro_core.failures import Failure, FailureReason
 from virnucpro_core.ledger.work import result_folder
 from virnucpro_core.sequences.chunks import ChunkRange
@@ -81,8 +81,10 @@ class ArtifactRow:
     rows: int
 
 
-def artifacts_of(tx: Connection, job_id: int, *, stage: str | None = None) -> list[ArtifactRow]:
-    """A job's artifacts of its current generation, in input order."""
+def artifacts_of(
+    tx: Connection, job_id: int, *, stage: str | None = None, limit: int | None = None
+) -> list[ArtifactRow]:
+    """A job's artifacts of its current generation, in input order; the first `limit` of them, or all."""
     rows = tx.execute(
         text("""
             SELECT a.id, a.stage, a.ordinal, a.kind, a.path, a.sha256, a.bytes, a.rows
@@ -90,21 +92,43 @@ def artifacts_of(tx: Connection, job_id: int, *, stage: str | None = None) -> li
               JOIN stages s ON s.name = a.stage
               LEFT JOIN chunks c ON c.job_id = a.job_id AND c.stage = a.stage AND c.ordinal = a.ordinal
              WHERE a.job_id = :job AND (CAST(:stage AS text) IS NULL OR a.stage = :stage)
-             ORDER BY s.position, c.first_record, a.id
+             ORDER BY s.position, c.first_record, a.id LIMIT :limit
         """),
-        {"job": job_id, "stage": stage},
+        {"job": job_id, "stage": stage, "limit": limit},
     )
     return [ArtifactRow(*row) for row in rows]
 
 
+def count_artifacts(tx: Connection, job_id: int, *, stage: str) -> int:
+    """How many artifacts a job has of a stage, in its current generation."""
+    count: int = tx.execute(
+        text("""
+            SELECT count(*) FROM artifacts a JOIN jobs j ON j.id = a.job_id AND j.generation = a.generation
+             WHERE a.job_id = :job AND a.stage = :stage
+        """),
+        {"job": job_id, "stage": stage},
+    ).scalar_one()
+    return count
+
+
 def find_lost(artifacts: Sequence[ArtifactRow], output_root: Path) -> list[int]:
-    """Ids of the artifacts whose file is missing or has another size. Reads no contents."""
+    """Ids of the artifacts whose file is missing or has another size. Reads no contents.
+
+    Raises:
+        ServiceError: a file may be there, but cannot be looked at.
+    """
     lost = []
     for artifact in artifacts:
         try:
             size = (output_root / artifact.path).stat().st_size
         except FileNotFoundError:
             size = -1
+        except OSError as error:
+            raise ServiceError(
+                f"a file cannot be looked at: {error.strerror}",
+                where=str(output_root / artifact.path),
+                todo="Mend the file system or its permissions, then ask again: nothing was changed.",
+            ) from error
         if size != artifact.bytes:
             lost.append(artifact.id)
     return lost
@@ -208,13 +232,18 @@ def failure_counts(tx: Connection, job_id: int) -> dict[str, int]:
     return {row.reason: row.n for row in rows}
 
 
+NEWEST_SETBACK = """
+    SELECT c.error FROM chunks c
+     WHERE c.job_id = j.id AND c.state = 'pending' AND c.error IS NOT NULL
+     ORDER BY c.claimed_at DESC NULLS LAST LIMIT 1
+"""
+"""Of a job `j`. A chunk that was only ever declined has no attempt: it must not hide one that failed."""
+
+
 def find_setback(tx: Connection, job_id: int) -> str | None:
     """Why a chunk that waits did not run when it could have, or how its last attempt ended; None if all is well."""
     return tx.execute(
-        text("""
-            SELECT error FROM chunks
-             WHERE job_id = :job AND state = 'pending' AND error IS NOT NULL ORDER BY claimed_at DESC LIMIT 1
-        """),
+        text(f"SELECT ({NEWEST_SETBACK}) FROM jobs j WHERE j.id = :job"),  # noqa: S608 - a constant
         {"job": job_id},
     ).scalar_one_or_none()
 

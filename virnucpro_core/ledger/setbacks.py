@@ -5,12 +5,15 @@ An attempt that ends well costs nothing here: its chunk's row says all of it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
 from sqlalchemy import Connection, text
+
+from virnucpro_core.ledger import tallies
 
 
 class SetbackKind(StrEnum):
@@ -27,15 +30,19 @@ class SetbackKind(StrEnum):
     LOST = "lost"
 
 
+COUNTED = (SetbackKind.FAILED, SetbackKind.DIED, SetbackKind.HALVED, SetbackKind.HANDED_BACK)
+"""Those that have a tally: what workers note. Their own rows go when their generation does, a count must not fall."""
+
+
 def note_setbacks(
     tx: Connection, chunk_ids: Sequence[int], kind: SetbackKind, error: str, *, token: int | None = None
 ) -> None:
-    """Keep what the chunks' rows say of their last attempt, before they change. Their job is locked.
+    """Keep what the chunks' rows say of their last attempt, before they change, and count it. Their job is locked.
 
     Args:
         token: the lease that ends; if another has it by now, nothing is kept.
     """
-    tx.execute(
+    noted = tx.execute(
         text("""
             INSERT INTO setbacks (job_id, generation, stage, chunk_id, first_record, records, attempt, worker_id,
                                   claimed_at, kind, error)
@@ -43,9 +50,13 @@ def note_setbacks(
                    c.claimed_at, :kind, :error
               FROM chunks c JOIN jobs j ON j.id = c.job_id
              WHERE c.id = ANY(:chunks) AND (CAST(:token AS bigint) IS NULL OR c.lease_token = :token)
+            RETURNING worker_id, stage
         """),
         {"chunks": list(chunk_ids), "kind": str(kind), "error": error, "token": token},
-    )
+    ).all()
+    if kind in COUNTED:
+        for (worker_id, stage), attempts in sorted(Counter(map(tuple, noted)).items()):
+            tallies.add(tx, worker_id, stage, {(tallies.SETBACKS, str(kind)): float(attempts)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ class QueueSnapshot:
         pending, running, done: chunks of running jobs, in the stage that each job is in.
         failed: chunks that their jobs failed of.
         sent: messages in the broker that nobody has taken.
-        oldest_pending_seconds: how long the message that is due for longest has been; 0 without one.
+        oldest_pending_seconds: how long the chunk that waits for longest has waited; 0 without one.
     """
 
     queue: str
@@ -43,6 +43,7 @@ class Snapshot:
 
     Attributes:
         jobs: how many are in each state.
+        job_failures: how often jobs failed, in all.
         stages: the names of the stages, in order.
         stage_seconds: by stage, how long the running job that is in it for longest has been.
         given_up: workers whose lease ran out (`silent`) and that made no progress (`stuck`), since the ledger is.
@@ -51,6 +52,7 @@ class Snapshot:
     """
 
     jobs: Mapping[str, int]
+    job_failures: int
     stages: Sequence[str]
     queues: Sequence[QueueSnapshot]
     workers: Sequence[WorkerOverview]
@@ -67,6 +69,7 @@ def take_snapshot(tx: Connection) -> Snapshot:
     tx.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT}'"))
     return Snapshot(
         jobs=read_counts(tx, "SELECT state, count(*) FROM jobs GROUP BY state"),
+        job_failures=tx.execute(text("SELECT coalesce(sum(times_failed), 0) FROM jobs")).scalar_one(),
         stages=list(tx.execute(text("SELECT name FROM stages ORDER BY position")).scalars()),
         queues=read_queues(tx),
         workers=list_worker_overviews(tx),
@@ -90,8 +93,7 @@ def read_queues(tx: Connection) -> list[QueueSnapshot]:
         text("""
             SELECT q.queue, jobs.left_over - held.of_running_jobs AS pending, held.running, jobs.done, lost.failed,
                    sent.messages AS sent,
-                   coalesce(extract(epoch FROM now() - least(sent.due_at, unsent.due_at)), 0)::float8
-                       AS oldest_pending_seconds
+                   coalesce(extract(epoch FROM now() - oldest.since), 0)::float8 AS oldest_pending_seconds
               FROM (SELECT DISTINCT queue FROM stages) q
              CROSS JOIN LATERAL (
                    SELECT coalesce(sum(j.chunks_left), 0)::bigint AS left_over,
@@ -106,12 +108,9 @@ def read_queues(tx: Connection) -> list[QueueSnapshot]:
                    SELECT count(*) AS failed FROM chunks c JOIN stages s ON s.name = c.stage
                     WHERE c.state = 'failed' AND s.queue = q.queue) lost
              CROSS JOIN LATERAL (
-                   SELECT count(*) AS messages, min(o.due_at) AS due_at FROM outbox o
+                   SELECT count(*) AS messages FROM outbox o
                     WHERE o.queue = q.queue AND o.published_at IS NOT NULL) sent
-              LEFT JOIN LATERAL (
-                   SELECT o.due_at FROM outbox o
-                    WHERE o.queue = q.queue AND o.published_at IS NULL AND o.due_at <= now()
-                    ORDER BY o.due_at LIMIT 1) unsent ON true
+             CROSS JOIN LATERAL (SELECT min(o.since) AS since FROM outbox o WHERE o.queue = q.queue) oldest
              ORDER BY q.queue
         """)
     )

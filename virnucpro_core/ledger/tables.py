@@ -69,7 +69,7 @@ class Stage(Base):
 class Job(Base):
     """One input under one recipe. Counters cover the current generation; `seconds` adds up what its chunks took.
 
-    `stage_since` is when it came to its stage.
+    `stage_since` is when it came to its stage, or was resumed in it. `times_failed` counts in all generations.
     """
 
     __tablename__ = "jobs"
@@ -110,8 +110,10 @@ class Job(Base):
     failed: Mapped[int] = mapped_column(server_default="0")
     truncated: Mapped[int] = mapped_column(server_default="0")
     unknown: Mapped[int] = mapped_column(server_default="0")
+    residues_done: Mapped[int] = mapped_column(server_default="0")
     tokens: Mapped[int] = mapped_column(server_default="0")
     seconds: Mapped[float] = mapped_column(server_default="0")
+    times_failed: Mapped[int] = mapped_column(server_default="0")
     execution_class: Mapped[str | None]
     execution: Mapped[dict[str, Any] | None]
     error: Mapped[str | None]
@@ -229,6 +231,23 @@ class Chunk(Base):
             "finished_at",
             postgresql_where=text("state = 'done' AND stage = 'extract'"),
         ),
+        Index(
+            "ix_chunks_done",
+            "job_id",
+            "finished_at",
+            "id",
+            postgresql_where=text("state = 'done' AND stage = 'extract'"),
+        ),
+        Index(
+            "ix_chunks_with_failures",
+            "finished_at",
+            postgresql_where=text("stage = 'extract' AND failed > 0"),
+        ),
+        Index(
+            "ix_chunks_set_back",
+            "job_id",
+            postgresql_where=text("state = 'pending' AND error IS NOT NULL"),
+        ),
     )
 
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
@@ -293,6 +312,7 @@ class FailureRow(Base):
     __table_args__ = (
         one_of("reason", *FailureReason),
         CheckConstraint("record >= 1", name="record_positive"),
+        Index("ix_failures_reason", "job_id", "generation", "reason", "record"),
     )
 
     job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
@@ -354,7 +374,10 @@ class Rejection(Base):
 
 
 class Outbox(Base):
-    """A message that is due: one row per chunk that waits to be claimed. Claiming deletes it."""
+    """A message that is due: one row per chunk that waits to be claimed. Claiming deletes it.
+
+    However often it is sent, or put off, `since` is when the wait began.
+    """
 
     __tablename__ = "outbox"
     __table_args__ = (
@@ -363,10 +386,12 @@ class Outbox(Base):
         Index(
             "ix_outbox_published", "queue", "published_at", postgresql_where=text("published_at IS NOT NULL")
         ),
+        Index("ix_outbox_since", "queue", "since"),
     )
 
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
     chunk_id: Mapped[int] = mapped_column(ForeignKey("chunks.id", ondelete="CASCADE"), unique=True)
     queue: Mapped[str]
+    since: Mapped[datetime] = mapped_column(server_default=NOW)
     due_at: Mapped[datetime] = mapped_column(server_default=NOW)
     published_at: Mapped[datetime | None]

@@ -22,6 +22,7 @@ SEQUENCES, EMBEDDED = "sequences", "embedded"
 RESIDUES, TOKENS, POSITIONS = "residues", "tokens", "positions"
 CHUNKS, SECONDS = "chunks", "seconds"  # chunks are labelled by the upper bound of their class
 DUPLICATES = "duplicates"
+SETBACKS = "setbacks"  # labelled by their kind
 
 ADD = text("""
     INSERT INTO tallies (worker_id, stage, name, label, value)
@@ -44,20 +45,20 @@ def count_commit(tx: Connection, claim: Claim, result: Result) -> None:
             (TOKENS, ""): result.tokens,
             (POSITIONS, ""): result.positions,
         }
-    add(tx, claim, added)
+    add(tx, claim.worker_id, claim.work.stage, added)
 
 
 def count_duplicate(tx: Connection, claim: Claim) -> None:
     """Add a result that was dropped, as the lease had passed to somebody else."""
-    add(tx, claim, {(DUPLICATES, ""): 1.0})
+    add(tx, claim.worker_id, claim.work.stage, {(DUPLICATES, ""): 1.0})
 
 
-def add(tx: Connection, claim: Claim, added: Mapping[tuple[str, str], float]) -> None:
+def add(tx: Connection, worker_id: int, stage: str, added: Mapping[tuple[str, str], float]) -> None:
     tx.execute(
         ADD,
         {
-            "worker": claim.worker_id,
-            "stage": claim.work.stage,
+            "worker": worker_id,
+            "stage": stage,
             "names": [name for name, _ in added],
             "labels": [label for _, label in added],
             "values": [float(value) for value in added.values()],  # an array has one type

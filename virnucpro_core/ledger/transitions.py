@@ -70,8 +70,8 @@ FINISH_CHUNK = text("""
 COUNT_CHUNK = text("""
     UPDATE jobs
        SET chunks_left = chunks_left - 1, embeddings = embeddings + :embeddings, failed = failed + :failed,
-           truncated = truncated + :truncated, unknown = unknown + :unknown, tokens = tokens + :tokens,
-           seconds = seconds + :seconds
+           truncated = truncated + :truncated, unknown = unknown + :unknown,
+           residues_done = residues_done + :residues, tokens = tokens + :tokens, seconds = seconds + :seconds
      WHERE id = :job
     RETURNING chunks_left
 """)
@@ -221,6 +221,7 @@ def complete(tx: Connection, claim: Claim, result: Result) -> str:
             "job": work.job_id,
             "embeddings": embeddings if extracting else 0,
             "failed": failed if extracting else 0,
+            "residues": work.range.residues if extracting else 0,
             "truncated": result.truncated,
             "unknown": result.unknown,
             "tokens": result.tokens,
@@ -259,7 +260,8 @@ def fail_job(tx: Connection, job_id: int, error: str) -> None:
     """End a running job that cannot go on. The job's row is locked by the caller."""
     tx.execute(
         text("""
-            UPDATE jobs SET state = 'failed', error = :error, finished_at = now()
+            UPDATE jobs
+               SET state = 'failed', error = :error, finished_at = now(), times_failed = times_failed + 1
              WHERE id = :job AND state = 'running'
         """),
         {"job": job_id, "error": error},

@@ -12,8 +12,8 @@ from virnucpro_core.recipe import Recipe
 from virnucpro_core.sequences.chunks import ChunkRange
 from virnucpro_core.sequences.compression import Compression
 
-RESULTS = "results"
-"""The folder below the output root that results are published in."""
+RESULTS, JOBS = "results", "jobs"
+"""The folders below the output root that results are published in, and that jobs keep their artifacts in."""
 
 EXPORT, MERGED, FAILURES, MANIFEST, REPORT = "export", "merged", "failures", "manifest", "report"
 """Kinds of artifacts, beside the matrix."""
@@ -164,7 +164,7 @@ class Result:
 
 def job_folder(job_id: int) -> str:
     """A job's folder, relative to the output root."""
-    return f"jobs/{job_id:08d}"
+    return f"{JOBS}/{job_id:08d}"
 
 
 def result_folder(
