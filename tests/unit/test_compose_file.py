@@ -120,11 +120,59 @@ def test_secrets_are_made_once_and_rotated_in_place(
         name: inode for name, (_, inode) in before.items()
     }
 
-    maker["make_secrets"](folder, user, ["all"])
-    assert all((folder / name).read_text() != text for name, (text, _) in after.items())
+    maker["make_secrets"](folder, user, ["all", "worker"])
+    same = {name for name, (text, _) in after.items() if (folder / name).read_text() == text}
+    assert same == {"airflow_fernet_key"}
     assert len(json.loads((folder / "airflow_logins.json").read_text())["admin"]) == 64
 
 
 def test_every_secret_belongs_to_a_group_that_can_be_rotated(maker: dict[str, Any]) -> None:
     grouped = [file for files in maker["PASSWORDS"].values() for file in files]
     assert sorted(grouped) == sorted(maker["make_contents"](str))
+
+
+def test_what_an_old_fernet_key_hides_can_be_read_until_it_is_dropped(
+    maker: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, user, key = tmp_path / "secrets", (1000, 1000), tmp_path / "secrets" / "airflow_fernet_key"
+    maker["make_secrets"](folder, user, [])
+    old = key.read_text()
+    inode = key.stat().st_ino
+    assert maker["make_secrets"](folder, user, ["fernet"]) == [key.name]
+    new, kept = key.read_text().split(",")
+    assert kept == old != new
+    maker["drop_old_keys"](folder, user)
+    assert key.read_text() == new
+    assert key.stat().st_ino == inode
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("INPUT_FOLDER=./a", "./a"),
+        ("INPUT_FOLDER = ./a b  # where they come from", "./a b"),
+        ("INPUT_FOLDER=./a#b", "./a#b"),
+        ("INPUT_FOLDER=", ""),
+        ("export INPUT_FOLDER='./a # $b'  # quoted", "./a # $b"),
+        ('INPUT_FOLDER="./a # b"', "./a # b"),
+        ("INPUT_FOLDER=${ROOT_FOLDER}/a$NOBODY", "/home/me/a"),
+        ('INPUT_FOLDER="$ROOT_FOLDER/a"', "/home/me/a"),
+    ],
+)
+def test_variables_are_read_as_compose_reads_them(
+    maker: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, value: str
+) -> None:
+    monkeypatch.delenv("INPUT_FOLDER", raising=False)
+    monkeypatch.setenv("GPU_0", "7")
+    file = tmp_path / ".env"
+    file.write_text(f"# INPUT_FOLDER=no\nROOT_FOLDER=/home/me\nGPU_0=1\n{line}\n")
+    found = maker["read_variables"](file)
+    assert (found["INPUT_FOLDER"], found["GPU_0"]) == (value, "7")
+
+
+def test_folders_are_found_as_compose_finds_them(
+    maker: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    found = [maker["find_folder"]({"INPUT_FOLDER": name}, "INPUT_FOLDER", "a") for name in ("", "/b", "~/c")]
+    assert found == [PROJECT / "a", Path("/b"), Path("/home/me/c")]
