@@ -55,7 +55,7 @@ def test_every_variable_is_explained(file: dict[str, Any]) -> None:
     explained = {
         match[1]: place for place, line in enumerate(lines) if (match := re.match(r"#?([A-Z_0-9]+)=", line))
     }
-    assert used | {"COMPOSE_PROFILES"} == set(explained)
+    assert used | {"COMPOSE_PROFILES", "COMPOSE_FILE"} == set(explained)
 
 
 def test_defaults_are_those_that_are_shown(file: dict[str, Any]) -> None:
@@ -82,13 +82,36 @@ def test_every_service_has_what_keeps_it_running(file: dict[str, Any]) -> None:
         assert file["services"][name]["cap_drop"] == ["ALL"], name
 
 
+def test_a_gpu_host_starts_workers_alone(file: dict[str, Any]) -> None:
+    """All that has no profile would be started by a plain `up -d`."""
+    there = yaml.safe_load((PROJECT / "deploy" / "gpu-host.yml").read_text())["services"]
+    workers = {name for name in file["services"] if name.startswith(("worker-gpu", "worker-cpu"))}
+    assert {name for name, service in there.items() if "extra_hosts" in service} == workers
+    started = {name for name, service in file["services"].items() if "profiles" not in service}
+    assert {name for name, service in there.items() if service == {"scale": 0}} == started
+
+
+def test_each_gpu_has_a_service_a_profile_and_a_variable(file: dict[str, Any]) -> None:
+    for number in range(8):
+        suffix = f"-{number}" if number else ""
+        service = file["services"][f"worker-gpu{suffix}"]
+        assert service["profiles"] == [f"gpu{suffix}"]
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert device == {
+            "driver": "nvidia",
+            "device_ids": [f"${{GPU_{number}:-{number}}}"],
+            "capabilities": ["gpu"],
+        }
+
+
 def test_who_gets_which_secret(file: dict[str, Any]) -> None:
     """A role's URL is where the role works, and nowhere else."""
     holders: dict[str, set[str]] = {}
     for name, service in file["services"].items():
         for secret in service.get("secrets", []):
             holders.setdefault(secret, set()).add(name)
-    workers = {"worker-gpu", "worker-cpu", "finish", "relay"}
+    gpus = {f"worker-gpu-{number}" for number in range(1, 8)}
+    workers = {"worker-gpu", *gpus, "worker-cpu", "finish", "relay"}
     airflow = {"airflow-migrate", "api-server", "scheduler", "dag-processor", "triggerer"}
     assert holders["owner_database_url"] == {"migrate", "cli"}
     assert holders["worker_database_url"] == workers
