@@ -248,6 +248,14 @@ def test_drained_worker_loses_nothing(deployment: Deployment) -> None:
     ]
 
 
+def test_upkeep_takes_nothing_that_is_young(deployment: Deployment) -> None:
+    with deployment.airflow() as airflow:
+        runs = ask(airflow, "GET", "/dags/virnucpro_ingest/dagRuns")["total_entries"]
+        assert runs
+        deployment.follow("Keep it running")
+        assert ask(airflow, "GET", "/dags/virnucpro_ingest/dagRuns")["total_entries"] == runs
+
+
 def test_all_is_restored_on_a_new_machine(deployment: Deployment) -> None:
     """Nothing is there but the project, its image and the backup."""
     what = [
