@@ -88,7 +88,7 @@ def test_a_gpu_host_starts_workers_alone(file: dict[str, Any]) -> None:
     workers = {name for name in file["services"] if name.startswith(("worker-gpu", "worker-cpu"))}
     assert {name for name, service in there.items() if "extra_hosts" in service} == workers
     started = {name for name, service in file["services"].items() if "profiles" not in service}
-    assert {name for name, service in there.items() if service == {"scale": 0}} == started
+    assert {name for name, service in there.items() if service == {"deploy": {"replicas": 0}}} == started
 
 
 def test_each_gpu_has_a_service_a_profile_and_a_variable(file: dict[str, Any]) -> None:
