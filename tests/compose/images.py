@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,17 +21,22 @@ from virnucpro_core.stack.processes import LOOPBACK, choose_port
 PROJECT = Path(__file__).resolve().parents[2]
 DOCKERFILES = Path(__file__).parent / "stand_ins"
 STAND_IN = "virnucpro-stand-in"
-IMAGE = "virnucpro-pipeline:compose-test"
 SUITE = "bookworm"
 PACKAGES = "ca-certificates,python3,python3-dev,python3-venv"
 CERTIFICATES = Path("etc/ssl/certs/ca-certificates.crt")
 PULL_SECONDS = 120
 INDEX_PORT = 38417  # always the same, where it is free: another URL would have everything installed again
-SERVERS = {  # the variable of docker-compose.yml, what it is by default, our stand-in
-    "POSTGRES_IMAGE": ("postgres:18-bookworm", "postgres"),
-    "BROKER_IMAGE": ("valkey/valkey:8.1", "broker"),
-    "PROMETHEUS_IMAGE": ("prom/prometheus:v3.5.0", "prometheus"),
+SERVERS = {  # the variable of docker-compose.yml, and our stand-in; for Grafana there is none
+    "POSTGRES_IMAGE": "postgres",
+    "BROKER_IMAGE": "broker",
+    "PROMETHEUS_IMAGE": "prometheus",
 }
+
+
+def default_image(variable: str) -> str:
+    """The image that docker-compose.yml takes where a variable names no other."""
+    (name,) = set(re.findall(rf"\$\{{{variable}:-(.*?)}}", (PROJECT / "docker-compose.yml").read_text()))
+    return str(name)
 
 
 def can_pull(engine: Engine, image: str) -> bool:
@@ -70,8 +76,8 @@ def make_debian(engine: Engine) -> str:
 def make_servers(engine: Engine) -> dict[str, str]:
     """The variables of docker-compose.yml that name images of servers, those alone that are stand-ins."""
     stand_ins = {}
-    for variable, (image, name) in SERVERS.items():
-        if can_pull(engine, image):
+    for variable, name in SERVERS.items():
+        if can_pull(engine, default_image(variable)):
             continue
         stand_ins[variable] = f"{STAND_IN}/{name}:{SUITE}"
         dockerfile = DOCKERFILES / f"{name}.Dockerfile"
@@ -86,24 +92,18 @@ def make_servers(engine: Engine) -> dict[str, str]:
     return stand_ins
 
 
-def make_ours(engine: Engine, base: str = "python:3.11-slim-bookworm") -> str:
-    """The project's image, built with the package indexes that this machine's pip uses."""
-    if not can_pull(engine, base):
-        base = make_debian(engine)
-    arguments = {"BASE_IMAGE": base}
-    if "TORCH_INDEX" in os.environ:
-        arguments["TORCH_INDEX"] = os.environ["TORCH_INDEX"]
+@contextmanager
+def build_variables(engine: Engine) -> Iterator[dict[str, str]]:
+    """The variables of docker-compose.yml that the project's image can be built with here."""
+    base = {} if can_pull(engine, default_image("BASE_IMAGE")) else {"BASE_IMAGE": make_debian(engine)}
+    torch = {name: os.environ[name] for name in ("TORCH_INDEX",) if name in os.environ}
     with served_indexes() as indexes:
-        pairs = (arguments | indexes).items()
-        engine.build(
-            IMAGE, PROJECT, *(part for name, value in pairs for part in ("--build-arg", f"{name}={value}"))
-        )
-    return IMAGE
+        yield {**base, **torch, **indexes}
 
 
 @contextmanager
 def served_indexes() -> Iterator[dict[str, str]]:
-    """Where this machine's pip finds packages, as build arguments; folders of this machine are served by HTTP."""
+    """Where this machine's pip finds packages, as variables; folders of this machine are served by HTTP."""
     told = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     ).stdout

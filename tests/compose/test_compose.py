@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,16 +13,15 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.compose.deployment import ONE_SHOTS, Deployment
+from tests.compose.deployment import IMAGE, ONE_SHOTS, Deployment
 from tests.compose.engine import Engine, find_compose, running_engine
-from tests.compose.images import PROJECT, can_pull, make_ours, make_servers
+from tests.compose.images import build_variables, can_pull, default_image, make_servers
 from virnucpro_core.features.manifests import read_manifest
 from virnucpro_core.stack.airflow import ask
 from virnucpro_core.stack.demo import trigger
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(5400)]
 
-GRAFANA = "grafana/grafana:12.1.0"
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 RECORDS = 1000
 BAD = {100: ">empty\n", 500: ">digits\nMKV1AG\n", 900: ">\nMKVAG\n"}  # a record each that must fail
@@ -37,33 +38,29 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def image(engine: Engine) -> str:
-    """The project's image, newly built."""
-    return make_ours(engine)
-
-
-@pytest.fixture(scope="module")
-def deployment(engine: Engine, image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """The whole of docker-compose.yml with the CPU profile, up and healthy, with demonstration weights."""
+def deployment(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """The whole of docker-compose.yml with the CPU profile: built, up and healthy, with demonstration weights."""
     compose = find_compose(engine)
     stand_ins = make_servers(engine)
-    absent = set() if can_pull(engine, GRAFANA) else {"grafana"}
-    folder = tmp_path_factory.mktemp("compose")
-    deployment = Deployment.prepare(
-        engine,
-        compose,
-        folder,
-        absent,
-        VIRNUCPRO_IMAGE=image,
-        VIRNUCPRO_DTYPE="float32",
-        VIRNUCPRO_CHUNK_TOKENS="5000",
-        OMP_NUM_THREADS="1",
-        **stand_ins,
-    )
-    write_fasta(folder / "input" / "many.fasta")
+    absent = set() if can_pull(engine, default_image("GRAFANA_IMAGE")) else {"grafana"}
+    folder = tmp_path_factory.mktemp("compose") / "virnucpro"
+    with build_variables(engine) as variables:
+        deployment = Deployment.prepare(
+            engine,
+            compose,
+            folder,
+            absent,
+            VIRNUCPRO_DTYPE="float32",
+            VIRNUCPRO_CHUNK_TOKENS="5000",
+            OMP_NUM_THREADS="1",
+            **stand_ins,
+            **variables,
+        )
+        deployment.run("build")
+    write_fasta(folder / "data" / "input" / "many.fasta")
     try:
         deployment.up()
-        deployment.wait_healthy([name for name in deployment.services() if name not in ONE_SHOTS])
+        deployment.wait_healthy()
         deployment.command("python", "-c", WEIGHTS)
         deployment.command("virnucpro", "weights", "add", "demo", "/data/models/demo")
         yield deployment
@@ -108,8 +105,7 @@ def test_job_survives_the_restart_of_every_container(deployment: Deployment) -> 
         lambda: deployment.query("SELECT state FROM jobs") != [["running"]], "done", deployment.services()
     )
     assert deployment.query("SELECT state, error FROM jobs") == [["succeeded", ""]]
-    lasting = [name for name in deployment.services() if name not in ONE_SHOTS]
-    deployment.wait_healthy(lasting)
+    deployment.wait_healthy()
     with deployment.airflow() as airflow:
         path = f"/dags/virnucpro_ingest/dagRuns/{run}"
         deployment.wait_until(
@@ -117,11 +113,11 @@ def test_job_survives_the_restart_of_every_container(deployment: Deployment) -> 
         )
         assert ask(airflow, "GET", path)["state"] == "success"
 
-    (file,) = deployment.folder.glob("output/results/many-*/many_ESM.pt")
+    (file,) = deployment.folder.glob("data/output/results/many-*/many_ESM.pt")
     counts = read_manifest(file.with_name("many.manifest.json")).counts
     assert counts.records == RECORDS == counts.embeddings + sum(counts.failures.values())
     assert counts.failures == {"empty": 1, "invalid_residue": 1, "no_id": 1}
-    inside = f"/data/output/{file.relative_to(deployment.folder / 'output')}"
+    inside = f"/{file.relative_to(deployment.folder)}"
     (verdict,) = deployment.ask("validate", inside)
     assert (verdict["passed"], verdict["rows"]) == (True, counts.embeddings)
     assert deployment.ask("verify", "1")["passed"]
@@ -140,15 +136,20 @@ def test_one_shots_ended_well_and_all_others_are_healthy(deployment: Deployment)
 
 
 def test_no_container_of_ours_runs_as_root_or_shows_a_secret(deployment: Deployment) -> None:
-    secrets = {file.name: file.read_text() for file in (deployment.folder / "secrets").iterdir()}
-    assert len(secrets) > 10
+    """Neither in what the engine says of it, nor in its processes' arguments, nor in its log."""
+    files = list((deployment.folder / "secrets").iterdir())
+    tokens = {token for file in files for token in re.findall(r"[\w-]{40,}", file.read_text())}
+    assert len(tokens) == 12  # six of roles and the broker, three keys, three logins
     for service in deployment.services():
         found = deployment.inspect(service)
         assert found["Config"]["User"].split(":")[0] not in ("", "0", "root"), service
-        shown = str(found)
-        assert not [name for name, text in secrets.items() if text in shown], service
-    for file in (deployment.folder / "secrets").iterdir():
-        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        shown = [str(found), deployment.engine.run("docker", "logs", deployment.container(service)).stdout]
+        if service not in ONE_SHOTS:
+            shown.append(deployment.engine.run("docker", "top", deployment.container(service)).stdout)
+        assert not [place for place, text in enumerate(shown) if any(token in text for token in tokens)], (
+            service
+        )
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
 
 
 def test_pages_want_the_generated_logins(deployment: Deployment) -> None:
@@ -157,6 +158,17 @@ def test_pages_want_the_generated_logins(deployment: Deployment) -> None:
     assert httpx.get(f"{flower}/workers").status_code == httpx.codes.UNAUTHORIZED
     password = deployment.secret("flower.conf").split("admin:")[1].split("'")[0]
     assert httpx.get(f"{flower}/workers", auth=("admin", password)).status_code == httpx.codes.OK
+
+
+def test_grafana_wants_the_generated_login(deployment: Deployment) -> None:
+    if "grafana" in deployment.absent:
+        pytest.skip("no registry gives Grafana's image: it was not started")
+    page, login = (
+        f"{deployment.url('GRAFANA_PORT')}/api/org",
+        ("admin", deployment.secret("grafana_password")),
+    )
+    assert httpx.get(page).status_code == httpx.codes.UNAUTHORIZED
+    assert httpx.get(page, auth=login).status_code == httpx.codes.OK
 
 
 def test_prometheus_scrapes_the_ledger_s_metrics(deployment: Deployment) -> None:
@@ -170,6 +182,19 @@ def test_prometheus_scrapes_the_ledger_s_metrics(deployment: Deployment) -> None
     deployment.wait_until(lambda: bool(jobs()), "scraped by Prometheus", ["metrics", "prometheus"])
     rules = httpx.get(f"{prometheus}/api/v1/rules").json()["data"]["groups"]
     assert rules
+
+
+def test_checks_of_health_look_at_the_work(deployment: Deployment) -> None:
+    """Flower answers without the broker, and the metrics without the ledger: that is not health."""
+    assert deployment.checks_well("flower")
+    assert deployment.checks_well("metrics")
+    deployment.run("stop", "broker", "postgres")
+    assert not deployment.checks_well("flower")
+    assert not deployment.checks_well("metrics")
+    deployment.run("start", "postgres", "broker")
+    deployment.wait_healthy()
+    assert deployment.checks_well("flower")
+    assert deployment.checks_well("metrics")
 
 
 def test_each_role_of_the_ledger_has_its_own_rights(deployment: Deployment) -> None:
@@ -203,7 +228,7 @@ def test_selftest_passes_in_the_workers_container(deployment: Deployment) -> Non
 
 def test_drained_worker_loses_nothing(deployment: Deployment) -> None:
     """It finishes or hands back what it has in hand, retires, and ends with 0; no attempt is counted."""
-    (deployment.folder / "input" / "some.fasta").write_text("".join(make_records(150, seed=8)))
+    (deployment.folder / "data" / "input" / "some.fasta").write_text("".join(make_records(150, seed=8)))
     (submitted,) = deployment.ask("submit", "/data/input/some.fasta", "--model", "demo")
     job = submitted["job"]
     running = f"SELECT 1 FROM chunks WHERE job_id = {job} AND state = 'running'"
@@ -223,59 +248,83 @@ def test_drained_worker_loses_nothing(deployment: Deployment) -> None:
     ]
 
 
-def test_ledger_is_restored_from_its_backup(deployment: Deployment) -> None:
-    backup = deployment.folder / "virnucpro.dump"
-    roles = "/docker-entrypoint-initdb.d/roles.sql"
-    in_postgres = [*deployment.compose, "exec", "-T", "postgres"]
-
-    def with_file(direction: str, *command: str) -> None:
-        script = f'file=$1; shift; exec "$@" {direction} "$file"'
-        deployment.engine.run("sh", "-euc", script, "sh", str(backup), *in_postgres, *command, folder=PROJECT)
-
-    before = deployment.query("SELECT * FROM jobs ORDER BY id")
-    with_file(">", "pg_dump", "--username=postgres", "--format=custom", "virnucpro")
-    deployment.run("stop")
-    deployment.run("up", "-d", "postgres")
-    deployment.wait_healthy(["postgres"])
-    for command in (
-        ["dropdb", "--username=postgres", "--force", "--if-exists", "virnucpro"],
-        ["psql", "--username=postgres", "--quiet", f"--file={roles}"],
-    ):
-        deployment.engine.run(*in_postgres, *command, folder=PROJECT)
-    with_file("<", "pg_restore", "--username=postgres", "--dbname=virnucpro", "--exit-on-error")
-    deployment.up()
-    deployment.wait_healthy([name for name in deployment.services() if name not in ONE_SHOTS])
-    assert deployment.query("SELECT * FROM jobs ORDER BY id") == before
-    assert deployment.ask("verify", "1")["passed"]
-
-
-def test_rotated_passwords_replace_the_old_ones(deployment: Deployment) -> None:
-    old = deployment.secret("worker_password")
-    deployment.engine.run(
-        *("python3", str(PROJECT / "deploy" / "make_secrets.py"), "--rotate", "all"), **deployment.variables
-    )
-    assert deployment.secret("worker_password") != old
-    assert old not in deployment.secret("worker_database_url")
-    roles = "/docker-entrypoint-initdb.d/roles.sql"
-    deployment.run("exec", "-T", "postgres", "psql", "--username=postgres", "--quiet", f"--file={roles}")
-    deployment.run("restart", "--timeout", "60")
-    deployment.wait_healthy([name for name in deployment.services() if name not in ONE_SHOTS])
+def test_upkeep_takes_nothing_that_is_young(deployment: Deployment) -> None:
     with deployment.airflow() as airflow:
-        assert airflow.get("/dags").status_code == httpx.codes.OK
+        runs = ask(airflow, "GET", "/dags/virnucpro_ingest/dagRuns")["total_entries"]
+        assert runs
+        deployment.follow("Keep it running")
+        assert ask(airflow, "GET", "/dags/virnucpro_ingest/dagRuns")["total_entries"] == runs
+
+
+def test_all_is_restored_on_a_new_machine(deployment: Deployment) -> None:
+    """Nothing is there but the project, its image and the backup."""
+    what = [
+        "SELECT id, state, error FROM jobs ORDER BY id",
+        "SELECT stage, ordinal, path, sha256 FROM artifacts ORDER BY id",
+    ]
+    before = [deployment.query(sql) for sql in what]
+    assert all(before)
+    with deployment.airflow() as airflow:
+        ask(airflow, "POST", "/variables", key="hidden", value="by the Fernet key")
+        runs = ask(airflow, "GET", "/dags/virnucpro_ingest/dagRuns")["dag_runs"]
+        assert runs
+    deployment.follow("Back up")
+    deployment.down()
+    for name in ("data", "secrets"):
+        shutil.rmtree(deployment.folder / name)
+    (deployment.folder / ".env").unlink()
+
+    deployment.follow("Restore")
+    deployment.wait_healthy()
+    assert [deployment.query(sql) for sql in what] == before
+    assert deployment.ask("verify", "1")["passed"]
+    with deployment.airflow() as airflow:
+        assert ask(airflow, "GET", "/variables/hidden")["value"] == "by the Fernet key"
+        restored = ask(airflow, "GET", "/dags/virnucpro_ingest/dagRuns")["dag_runs"]
+        assert {run["dag_run_id"]: run["state"] for run in restored} == {
+            run["dag_run_id"]: run["state"] for run in runs
+        }
+
+
+def test_secrets_are_rotated_while_a_run_waits(deployment: Deployment) -> None:
+    """What the wait kept was hidden by the key that is no more."""
+    (deployment.folder / "data" / "input" / "last.fasta").write_text("".join(make_records(20, seed=9)))
+    deployment.run("stop", "worker-cpu")
+    with deployment.airflow() as airflow:
+        run = trigger(airflow, Path("/data/input/last.fasta"))
+    deferred = f"SELECT 1 FROM task_instance WHERE state = 'deferred' AND run_id = '{run}'"
+    deployment.wait_until(
+        lambda: deployment.query(deferred, "airflow") != [], "waiting", ["scheduler", "triggerer"]
+    )
+    old = {name: deployment.secret(name) for name in ("airflow_fernet_key", "worker_password")}
+    deployment.follow("Rotate the Fernet key")
+    assert old["airflow_fernet_key"] not in deployment.secret("airflow_fernet_key")
+    assert deployment.query(deferred, "airflow") != []
+    deployment.follow("Rotate secrets")
+    assert old["worker_password"] not in deployment.secret("worker_database_url")
+    deployment.run("start", "worker-cpu")
+    deployment.wait_healthy()
+    with deployment.airflow() as airflow:
+        path = f"/dags/virnucpro_ingest/dagRuns/{run}"
+        deployment.wait_until(
+            lambda: ask(airflow, "GET", path)["state"] in ("success", "failed"), "ended", ["triggerer"]
+        )
+        assert ask(airflow, "GET", path)["state"] == "success"
 
 
 def test_it_is_taken_down_without_a_trace(deployment: Deployment) -> None:
     deployment.down()
-    project = deployment.compose[deployment.compose.index("--project-name") + 1]
     for kind in (["ps", "--all"], ["volume", "ls"], ["network", "ls"]):
         listed = deployment.engine.run(
-            "docker", *kind, "--quiet", "--filter", f"label=com.docker.compose.project={project}"
+            "docker", *kind, "--quiet", "--filter", f"label=com.docker.compose.project={deployment.project}"
         )
         assert listed.stdout == ""
 
 
-def test_image_holds_no_secret_and_no_test(engine: Engine, image: str) -> None:
-    listed = engine.run("docker", "run", "--rm", image, "find", "/app", "-maxdepth", "1").stdout.split()
+def test_image_holds_no_secret_and_no_test(deployment: Deployment) -> None:
+    listed = deployment.engine.run(
+        "docker", "run", "--rm", IMAGE, "find", "/app", "-maxdepth", "1"
+    ).stdout.split()
     packages = {"virnucpro_core", "workers", "dags", "migrations"}
     built = {"build", "virnucpro_pipeline.egg-info"}  # by pip
     files = {"README.md", "pyproject.toml", "constraints.txt"}

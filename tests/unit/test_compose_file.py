@@ -55,7 +55,7 @@ def test_every_variable_is_explained(file: dict[str, Any]) -> None:
     explained = {
         match[1]: place for place, line in enumerate(lines) if (match := re.match(r"#?([A-Z_0-9]+)=", line))
     }
-    assert used | {"COMPOSE_PROFILES"} == set(explained)
+    assert used | {"COMPOSE_PROFILES", "COMPOSE_FILE"} == set(explained)
 
 
 def test_defaults_are_those_that_are_shown(file: dict[str, Any]) -> None:
@@ -82,13 +82,36 @@ def test_every_service_has_what_keeps_it_running(file: dict[str, Any]) -> None:
         assert file["services"][name]["cap_drop"] == ["ALL"], name
 
 
+def test_a_gpu_host_starts_workers_alone(file: dict[str, Any]) -> None:
+    """All that has no profile would be started by a plain `up -d`."""
+    there = yaml.safe_load((PROJECT / "deploy" / "gpu-host.yml").read_text())["services"]
+    workers = {name for name in file["services"] if name.startswith(("worker-gpu", "worker-cpu"))}
+    assert {name for name, service in there.items() if "extra_hosts" in service} == workers
+    started = {name for name, service in file["services"].items() if "profiles" not in service}
+    assert {name for name, service in there.items() if service == {"deploy": {"replicas": 0}}} == started
+
+
+def test_each_gpu_has_a_service_a_profile_and_a_variable(file: dict[str, Any]) -> None:
+    for number in range(8):
+        suffix = f"-{number}" if number else ""
+        service = file["services"][f"worker-gpu{suffix}"]
+        assert service["profiles"] == [f"gpu{suffix}"]
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert device == {
+            "driver": "nvidia",
+            "device_ids": [f"${{GPU_{number}:-{number}}}"],
+            "capabilities": ["gpu"],
+        }
+
+
 def test_who_gets_which_secret(file: dict[str, Any]) -> None:
     """A role's URL is where the role works, and nowhere else."""
     holders: dict[str, set[str]] = {}
     for name, service in file["services"].items():
         for secret in service.get("secrets", []):
             holders.setdefault(secret, set()).add(name)
-    workers = {"worker-gpu", "worker-cpu", "finish", "relay"}
+    gpus = {f"worker-gpu-{number}" for number in range(1, 8)}
+    workers = {"worker-gpu", *gpus, "worker-cpu", "finish", "relay"}
     airflow = {"airflow-migrate", "api-server", "scheduler", "dag-processor", "triggerer"}
     assert holders["owner_database_url"] == {"migrate", "cli"}
     assert holders["worker_database_url"] == workers
@@ -120,11 +143,59 @@ def test_secrets_are_made_once_and_rotated_in_place(
         name: inode for name, (_, inode) in before.items()
     }
 
-    maker["make_secrets"](folder, user, ["all"])
-    assert all((folder / name).read_text() != text for name, (text, _) in after.items())
+    maker["make_secrets"](folder, user, ["all", "worker"])
+    same = {name for name, (text, _) in after.items() if (folder / name).read_text() == text}
+    assert same == {"airflow_fernet_key"}
     assert len(json.loads((folder / "airflow_logins.json").read_text())["admin"]) == 64
 
 
 def test_every_secret_belongs_to_a_group_that_can_be_rotated(maker: dict[str, Any]) -> None:
     grouped = [file for files in maker["PASSWORDS"].values() for file in files]
     assert sorted(grouped) == sorted(maker["make_contents"](str))
+
+
+def test_what_an_old_fernet_key_hides_can_be_read_until_it_is_dropped(
+    maker: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, user, key = tmp_path / "secrets", (1000, 1000), tmp_path / "secrets" / "airflow_fernet_key"
+    maker["make_secrets"](folder, user, [])
+    old = key.read_text()
+    inode = key.stat().st_ino
+    assert maker["make_secrets"](folder, user, ["fernet"]) == [key.name]
+    new, kept = key.read_text().split(",")
+    assert kept == old != new
+    maker["drop_old_keys"](folder, user)
+    assert key.read_text() == new
+    assert key.stat().st_ino == inode
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("INPUT_FOLDER=./a", "./a"),
+        ("INPUT_FOLDER = ./a b  # where they come from", "./a b"),
+        ("INPUT_FOLDER=./a#b", "./a#b"),
+        ("INPUT_FOLDER=", ""),
+        ("export INPUT_FOLDER='./a # $b'  # quoted", "./a # $b"),
+        ('INPUT_FOLDER="./a # b"', "./a # b"),
+        ("INPUT_FOLDER=${ROOT_FOLDER}/a$NOBODY", "/home/me/a"),
+        ('INPUT_FOLDER="$ROOT_FOLDER/a"', "/home/me/a"),
+    ],
+)
+def test_variables_are_read_as_compose_reads_them(
+    maker: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, value: str
+) -> None:
+    monkeypatch.delenv("INPUT_FOLDER", raising=False)
+    monkeypatch.setenv("GPU_0", "7")
+    file = tmp_path / ".env"
+    file.write_text(f"# INPUT_FOLDER=no\nROOT_FOLDER=/home/me\nGPU_0=1\n{line}\n")
+    found = maker["read_variables"](file)
+    assert (found["INPUT_FOLDER"], found["GPU_0"]) == (value, "7")
+
+
+def test_folders_are_found_as_compose_finds_them(
+    maker: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    found = [maker["find_folder"]({"INPUT_FOLDER": name}, "INPUT_FOLDER", "a") for name in ("", "/b", "~/c")]
+    assert found == [PROJECT / "a", Path("/b"), Path("/home/me/c")]
