@@ -151,5 +151,5 @@ def slow_file(ledger: Engine, page_model: None, settings_environment: Callable[.
     path.unlink()
     os.mkfifo(path)
     yield path
-    release(path)
-    path.unlink()
+    if path.exists():
+        release(path)

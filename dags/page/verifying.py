@@ -40,7 +40,7 @@ class Verifier:
             return self._running[job_id]
 
     def state_of(self, job_id: int) -> Literal["", "waiting", "reading"]:
-        """Whether a job's files are being read, or wait until those of another job are."""
+        """Whether a job's files are being read by this process, or wait until those of another job are."""
         with self._lock:
             future = self._running.get(job_id)
         if future is None or future.done():

@@ -32,7 +32,12 @@ def rename(ledger: Engine, table: str, name: str) -> None:
 def test_page_says_that_it_is_old_and_why_until_it_is_not(
     browser: Browser, airflow: FastAPI, page_url: str, log_in: Callable[[str], None], ledger: Engine
 ) -> None:
-    browser.allowed += ["status of 50", "Response Status Error Code 50"]
+    browser.allowed += [
+        "status of 50",
+        "Response Status Error Code 50",
+        "ERR_INTERNET_DISCONNECTED",
+        "htmx:sendError",
+    ]
     job = enter_job(ledger)
     log_in("user")
     browser.open(f"{page_url}jobs/{job}")
@@ -55,6 +60,12 @@ def test_page_says_that_it_is_old_and_why_until_it_is_not(
     rename(ledger, "away", "jobs")
     browser.wait(lambda driver: not driver.find_element("id", "stale").is_displayed(), "a good answer")
     browser.see("No run waits for job", "#notice")
+
+    rename(ledger, "jobs", "away")
+    browser.see("the ledger's tables are missing", "#why")
+    browser.driver.set_network_conditions(offline=True, latency=0, throughput=0)
+    browser.wait(lambda driver: not driver.find_element("id", "why").text, "a look without an answer")
+    browser.see("what you see may be old", "#stale")
 
 
 def test_cancel_takes_a_second_click_that_knows_who_waits(

@@ -2,11 +2,18 @@
 // has its answer elsewhere.
 const isLook = (told) => told.detail.requestConfig.elt.matches(".live");
 
+const why = () => document.getElementById("why");
+
 document.addEventListener("htmx:beforeSwap", (told) => {
-  if (told.detail.isError && isLook(told)) told.detail.target = document.getElementById("why");
+  if (told.detail.isError && isLook(told)) told.detail.target = why();
 });
 
 document.addEventListener("htmx:afterRequest", (told) => {
-  if (isLook(told)) document.body.classList.toggle("stale", !told.detail.successful);
-  else if (told.detail.requestConfig.verb === "post") htmx.trigger(document.body, "virnucpro:changed");
+  const { successful, requestConfig } = told.detail; // successful: undefined where nobody answered
+  if (isLook(told)) {
+    document.body.classList.toggle("stale", !successful);
+    if (successful !== false) why().replaceChildren();
+  } else if (requestConfig.verb === "post") {
+    htmx.trigger(document.body, "virnucpro:changed");
+  }
 });
