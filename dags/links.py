@@ -32,6 +32,12 @@ def framed_path(path: str) -> str:
     return f"{base_path()}/plugin/{ROUTE}{path}"
 
 
+def task_path(run_id: str, task_id: str, map_index: int = -1) -> str:
+    """The path of Airflow's own page of a task."""
+    mapped = "" if map_index < 0 else f"/mapped/{map_index}"
+    return f"{base_path()}/dags/{DAG_ID}/runs/{quote(run_id, safe='')}/tasks/{task_id}{mapped}"
+
+
 class JobLink(BaseOperatorLink):
     """Leads from a task to the page of its job, or of all jobs of the run where it has several."""
 

@@ -55,8 +55,15 @@ def tell_failed(context: Mapping[str, Any]) -> None:
 
 
 async def tell_late(context: Mapping[str, Any]) -> None:
-    """The deadline's callback; it runs in the triggerer, which tells it what the run's answer in the API says."""
+    """The deadline's callback; it runs in the triggerer, which tells it what the run's answer in the API says.
+
+    Airflow keeps the deadline of a run that failed, which has been told; and a backfill is of days long past.
+    """
     run = context["dag_run"]["dag_run_id"]
+    state, run_type = context["dag_run"]["state"], context["dag_run"]["run_type"]
+    if state not in ("queued", "running") or run_type == "backfill":
+        log.info("the run is not late", run=run, state=state, run_type=run_type)
+        return
     what = f"is late: it was to end by {context['deadline']['deadline_time']}"
     log.warning("the run is late", run=run, deadline=str(context["deadline"]["deadline_time"]))
     notifier = make_notifier({**context, "run_id": run, "what": what})

@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from dags.waiting import SubmittedFile
 from virnucpro_core.errors import JobError
-from virnucpro_core.ledger.queries import artifacts_of
+from virnucpro_core.ledger.queries import artifacts_of, find_submission, get_job
 from virnucpro_core.ledger.transitions import MERGE
 from virnucpro_core.reports import report_job
 
@@ -38,8 +38,7 @@ def report_file(tx: Connection, file: SubmittedFile, allowed_share: float) -> Fi
     if file["job"] is None:
         return {"path": file["path"], "fault": file["refused"], "job": {}}
     job = report_job(tx, file["job"])
-    submissions = [submission for submission in job.submissions if submission.path == file["path"]]
-    submission = max(submissions, key=lambda one: one.submitted_at)
+    submission = find_submission(tx, job.job, file["path"])
     facts = {
         "id": job.job,
         "generation": job.generation,
@@ -54,7 +53,7 @@ def report_file(tx: Connection, file: SubmittedFile, allowed_share: float) -> Fi
         "tokens_per_second": job.tokens_per_second,
         "model": job.model,
         "demonstration": job.demonstration,
-        "folder": submission.folder,
+        "folder": submission.folder(job.input_sha256, get_job(tx, job.job).recipe_sha256),
         "results": [
             {"kind": artifact.kind, "rows": artifact.rows, "sha256": artifact.sha256}
             for artifact in artifacts_of(tx, job.job, stage=MERGE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+import asyncio
 
 import structlog
 from airflow.api_fastapi.core_api.security import GetUserDep
@@ -24,7 +24,6 @@ from virnucpro_core.settings import load_settings
 from virnucpro_core.verification import Verification, look_at_job
 
 FAULTS_SHOWN = 500
-LOOK_NOW = {"HX-Trigger": "virnucpro:changed"}  # the page listens to it
 
 log = structlog.get_logger()
 
@@ -37,7 +36,7 @@ def retry_job(job_id: JobId, ledger: Ledger, user: GetUserDep) -> Response:
     found = look_at_job(ledger, load_settings().output_root, job_id)
     resumed = in_transaction(ledger, resume, job_id, found.lost)
     log.info("a person retries a job", job=job_id, user=user.get_name(), chunks=resumed.chunks)
-    return HTMLResponse(render("notice.html", text=tell(resumed)), headers=LOOK_NOW)
+    return HTMLResponse(render("notice.html", text=tell(resumed)))
 
 
 @router.post("/jobs/{job_id}/cancel", dependencies=[Depends(action_logging("virnucpro_cancel"))])
@@ -46,29 +45,32 @@ def cancel_job(job_id: JobId, ledger: Ledger, user: GetUserDep) -> Response:
     in_transaction(ledger, cancel, job_id, by=user.get_name())
     log.info("a person cancels a job", job=job_id, user=user.get_name())
     text = "The job is cancelled. Its finished chunks are kept: Retry goes on with the others."
-    return HTMLResponse(render("notice.html", text=text), headers=LOOK_NOW)
+    return HTMLResponse(render("notice.html", text=text))
 
 
 @router.post("/jobs/{job_id}/verify", dependencies=[Depends(action_logging("virnucpro_verify"))])
-def verify_files(request: Request, job_id: JobId, ledger: Ledger) -> Response:
+def verify_files(request: Request, job_id: JobId, ledger: Ledger, user: GetUserDep) -> Response:
     """Read a job's files again and compare them with the ledger's checksums."""
-    return stream_verification(request, ledger, job_id, mend=False)
+    return stream_verification(request, ledger, job_id, by=user.get_name(), mend=False)
 
 
 @router.post("/jobs/{job_id}/mend", dependencies=[Depends(action_logging("virnucpro_mend"))])
-def mend_files(request: Request, job_id: JobId, ledger: Ledger) -> Response:
+def mend_files(request: Request, job_id: JobId, ledger: Ledger, user: GetUserDep) -> Response:
     """Read a job's files again, and have those made again that are missing or altered."""
-    return stream_verification(request, ledger, job_id, mend=True)
+    return stream_verification(request, ledger, job_id, by=user.get_name(), mend=True)
 
 
-def stream_verification(request: Request, ledger: Engine, job_id: int, *, mend: bool) -> Response:
+def stream_verification(request: Request, ledger: Engine, job_id: int, *, by: str, mend: bool) -> Response:
     in_transaction(ledger, get_job, job_id)
     verifier: Verifier = request.app.state.verifier
+    log.info("a person verifies a job's files", job=job_id, user=by)
 
-    def conclude(future: Future[Verification]) -> str:
+    def conclude(reading: asyncio.Future[Verification]) -> str:
         try:
-            found = future.result()
+            found = reading.result()
             resumed = in_transaction(ledger, resume, job_id, found.lost) if mend else None
+            if resumed is not None:
+                log.info("a person has files made again", job=job_id, user=by, files=len(found.lost))
         except VirnucproError as error:  # the answer has begun: it is too late for another status
             return render("notice.html", text=str(error))
         return render(

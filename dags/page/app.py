@@ -8,8 +8,10 @@ from typing import Any, cast
 from urllib.parse import urlencode
 
 import structlog
-from fastapi import FastAPI, HTTPException, Request, Response, status
+from fastapi import FastAPI, Request, Response, status
+from fastapi.exceptions import RequestValidationError
 from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
 
 from dags.links import base_path
 from dags.page import actions, views
@@ -36,19 +38,27 @@ def make_app() -> FastAPI:
     app.include_router(views.router)
     app.include_router(actions.router)
     app.add_exception_handler(HTTPException, cast("Any", refuse))
+    app.add_exception_handler(RequestValidationError, cast("Any", misunderstand))
     app.add_exception_handler(VirnucproError, cast("Any", explain))
     return app
 
 
 def refuse(request: Request, error: HTTPException) -> Response:
-    """Say why a request is refused, and where to log in."""
+    """Say why a request is refused, be it by Airflow, by us or for want of such a page, and where to log in."""
     login = ""
     if error.status_code == status.HTTP_401_UNAUTHORIZED:
         login = f"{base_path()}/api/v2/auth/login?{urlencode({'next': str(request.url)})}"
     answer = show_error(request, error.status_code, str(error.detail), login=login)
+    answer.headers.update(error.headers or {})
     if login:
         answer.headers["HX-Refresh"] = "true"  # a page whose login has expired
     return answer
+
+
+def misunderstand(request: Request, error: RequestValidationError) -> Response:
+    """Say what is wrong with an address."""
+    faults = "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in error.errors())
+    return show_error(request, status.HTTP_422_UNPROCESSABLE_CONTENT, f"This address is wrong. {faults}")
 
 
 def explain(request: Request, error: VirnucproError) -> Response:

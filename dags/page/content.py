@@ -1,4 +1,4 @@
-"""What the page shows, read from the ledger and from Airflow."""
+"""What the page shows of jobs, read from the ledger."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from io import StringIO
-from typing import TYPE_CHECKING, Any
 
-from airflow.models.xcom import XComModel
 from sqlalchemy import Connection, Engine
 
-from dags.links import DAG_ID
 from virnucpro_core.failures import Failure
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.overview import (
@@ -24,14 +21,12 @@ from virnucpro_core.ledger.queries import ArtifactRow, artifacts_of, failures_of
 from virnucpro_core.ledger.transitions import MERGE, VALIDATE
 from virnucpro_core.reports import JobReport, report_job
 
-if TYPE_CHECKING:
-    from dags.waiting import SubmittedFile
-
 JOBS_SHOWN = 50
 FAILURES_SHOWN = 100
 CHUNKS_SHOWN = 500
 CSV_RECORDS = 5000  # failures read at a time: a slow reader must not keep a transaction open
 CSV_COLUMNS = ("record", "id", "reason", "detail")
+FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +40,12 @@ class JobPage:
     overview: JobOverview
     report: JobReport
     files: list[ArtifactRow]
+
+    @property
+    def version(self) -> str:
+        """Changes when what a person has had shown of its files and failures may not be true any more."""
+        ended = self.overview.finished_at
+        return f"{self.overview.generation}-{self.overview.state}-{ended.timestamp() if ended else 0:.0f}"
 
     @property
     def can_retry(self) -> bool:
@@ -100,15 +101,15 @@ def read_failures(tx: Connection, job_id: int, *, reason: str | None, after: int
     return list(failures_of(tx, job_id, limit=FAILURES_SHOWN + 1, after=after, reason=reason))
 
 
-def write_csv(ledger: Engine, job_id: int) -> Iterator[str]:
-    """A job's failures as CSV, as `virnucpro failures JOB --csv` prints them."""
+def write_csv(ledger: Engine, job_id: int, *, reason: str | None) -> Iterator[str]:
+    """A job's failures as CSV, for a spreadsheet: whatever it would take for a formula has a ' before it."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     after = 0
     while True:
-        read = in_transaction(ledger, read_batch, job_id, after=after)
-        writer.writerows(astuple(failure) for failure in read)
+        read = in_transaction(ledger, read_batch, job_id, reason=reason, after=after)
+        writer.writerows(map(disarm, astuple(failure)) for failure in read)
         yield text.getvalue()
         text.seek(0)
         text.truncate()
@@ -117,26 +118,10 @@ def write_csv(ledger: Engine, job_id: int) -> Iterator[str]:
         after = read[-1].record
 
 
-def read_batch(tx: Connection, job_id: int, *, after: int) -> list[Failure]:
-    return list(failures_of(tx, job_id, limit=CSV_RECORDS, after=after))
+def disarm(cell: object) -> object:
+    """A cell that no spreadsheet takes for a formula. Whoever made the input chose a record's id."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_SIGNS) else cell
 
 
-def read_run(tx: Connection, files: Sequence[SubmittedFile]) -> dict[int, JobOverview]:
-    """The jobs of a run's files, by id."""
-    ids = {file["job"] for file in files if file["job"] is not None}
-    return {job.id: job for job in list_job_overviews(tx, limit=len(ids), jobs=sorted(ids))}
-
-
-def files_of_run(session: Any, run_id: str) -> list[SubmittedFile]:
-    """What a run's `register` tasks handed on, in order.
-
-    Args:
-        session: of Airflow's own database. The ledger alone does not know: it remembers the last run that
-            submitted a file.
-    """
-    query = (
-        XComModel.get_many(dag_ids=DAG_ID, run_id=run_id, task_ids="register", key="return_value")
-        .order_by(None)
-        .order_by(XComModel.map_index)
-    )
-    return [file for row in session.scalars(query) for file in XComModel.deserialize_value(row)]
+def read_batch(tx: Connection, job_id: int, *, reason: str | None, after: int) -> list[Failure]:
+    return list(failures_of(tx, job_id, limit=CSV_RECORDS, after=after, reason=reason))

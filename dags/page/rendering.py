@@ -16,6 +16,7 @@ from dags.links import page_path
 from dags.page.formats import format_bytes, format_duration, format_time
 
 FOLDER = Path(__file__).parent
+BUSY_SECONDS, IDLE_SECONDS = 2, 10  # between two questions
 
 
 @cache
@@ -46,15 +47,15 @@ class Live:
     Args:
         template: what is in it.
         url: of the view that answers; it has a query.
-        seconds: between two questions.
+        busy: whether what is in it changes by itself: then it asks more often.
         values: for the template.
     """
 
-    def __init__(self, template: str, url: str, *, seconds: int, **values: Any) -> None:
+    def __init__(self, template: str, url: str, *, busy: bool, **values: Any) -> None:
         self.inner = Markup(render(template, **values))  # noqa: S704 - the template has escaped it
         self.digest = hashlib.sha256(self.inner.encode()).hexdigest()[:16]
         self.url = url
-        self.seconds = seconds
+        self.seconds = BUSY_SECONDS if busy else IDLE_SECONDS
 
     def __html__(self) -> str:
         return render("live.html", live=self)

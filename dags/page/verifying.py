@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
+from typing import Literal
 
 from sqlalchemy import Engine
 
@@ -37,6 +39,14 @@ class Verifier:
                 )
             return self._running[job_id]
 
+    def state_of(self, job_id: int) -> Literal["", "waiting", "reading"]:
+        """Whether a job's files are being read by this process, or wait until those of another job are."""
+        with self._lock:
+            future = self._running.get(job_id)
+        if future is None or future.done():
+            return ""
+        return "reading" if future.running() else "waiting"
+
     def close(self) -> None:
         """Give up what is being read, at the end of the file it is at."""
         self._closed = True
@@ -51,15 +61,15 @@ class Verifier:
             )
 
 
-def stream_when_done(
-    future: Future[Verification], render: Callable[[Future[Verification]], str]
-) -> Iterator[str]:
-    """A page that begins at once and says something every few seconds, and what it has to say at the end."""
-    while True:
+async def stream_when_done(
+    future: Future[Verification], render: Callable[[asyncio.Future[Verification]], str]
+) -> AsyncIterator[str]:
+    """A page that begins at once and says something every few seconds, and what it has to say at the end.
+
+    Whoever waits holds no thread: the server has few, for all requests together.
+    """
+    reading = asyncio.wrap_future(future)
+    while not reading.done():
         yield "\n"
-        try:
-            future.exception(timeout=PULSE_SECONDS)
-        except TimeoutError:
-            continue
-        yield render(future)
-        return
+        await asyncio.wait({reading}, timeout=PULSE_SECONDS)
+    yield await asyncio.to_thread(render, reading)

@@ -17,34 +17,35 @@ from dags.links import DAG_ID, page_path
 from dags.page.content import (
     CHUNKS_SHOWN,
     FAILURES_SHOWN,
-    files_of_run,
     read_failures,
     read_job,
     read_jobs,
-    read_run,
     write_csv,
 )
 from dags.page.rendering import Live, show
+from dags.page.runs import read_run
 from dags.page.security import MAY_READ, make_token, may_act
 from virnucpro_core.failures import FailureReason
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.queries import artifacts_of, count_artifacts, get_job
 from virnucpro_core.ledger.transitions import EXTRACT
+from virnucpro_core.ledger.waiters import list_waiters
 
 STATES = ("running", "succeeded", "failed", "cancelled")
-BUSY_SECONDS, IDLE_SECONDS = 2, 10  # between two looks, at what changes by itself and at what does not
 
 Ledger = Annotated[Engine, Depends(share_ledger)]
 State = Annotated[str, Query(pattern=f"^({'|'.join(STATES)})?$")]
 JobId = Annotated[int, Path(ge=1, lt=2**63)]
 Before = Annotated[int | None, Query(ge=1, lt=2**63)]
+Reason = FailureReason | None
+PlainText = Annotated[str, Query(pattern=r"^[^\x00]*$")]  # PostgreSQL knows no NUL
 
 router = APIRouter(dependencies=[MAY_READ], default_response_class=HTMLResponse)
 
 
 @router.get("/")
 def show_jobs(
-    ledger: Ledger, user: GetUserDep, state: State = "", named: str = "", before: Before = None
+    ledger: Ledger, user: GetUserDep, state: State = "", named: PlainText = "", before: Before = None
 ) -> Response:
     """The newest jobs, and the workers."""
     part = live_jobs(ledger, state, named, before)
@@ -55,26 +56,26 @@ def show_jobs(
 
 @router.get("/live/jobs")
 def refresh_jobs(
-    request: Request, ledger: Ledger, state: State = "", named: str = "", before: Before = None
+    request: Request, ledger: Ledger, state: State = "", named: PlainText = "", before: Before = None
 ) -> Response:
     return live_jobs(ledger, state, named, before).answer(request)
 
 
 @router.get("/jobs/{job_id}")
-def show_job(job_id: JobId, ledger: Ledger, user: GetUserDep) -> Response:
+def show_job(request: Request, job_id: JobId, ledger: Ledger, user: GetUserDep) -> Response:
     """One job with all that belongs to it."""
-    part = live_job(ledger, job_id, acts=may_act(user))
+    part = live_job(request, ledger, job_id, acts=may_act(user))
     return show("job.html", token=make_token(user), part=part, job_id=job_id)
 
 
 @router.get("/live/jobs/{job_id}")
 def refresh_job(request: Request, job_id: JobId, ledger: Ledger, user: GetUserDep) -> Response:
-    return live_job(ledger, job_id, acts=may_act(user)).answer(request)
+    return live_job(request, ledger, job_id, acts=may_act(user)).answer(request)
 
 
 @router.get("/run")
 def show_run(
-    ledger: Ledger, user: GetUserDep, session: SessionDep, run_id: str, dag_id: str = DAG_ID
+    ledger: Ledger, user: GetUserDep, session: SessionDep, run_id: PlainText, dag_id: str = DAG_ID
 ) -> Response:
     """The files of one run of the DAG and their jobs. Airflow offers the tab on the runs of every DAG."""
     part = live_run(ledger, session, run_id) if dag_id == DAG_ID else None
@@ -82,7 +83,7 @@ def show_run(
 
 
 @router.get("/live/run")
-def refresh_run(request: Request, ledger: Ledger, session: SessionDep, run_id: str) -> Response:
+def refresh_run(request: Request, ledger: Ledger, session: SessionDep, run_id: PlainText) -> Response:
     return live_run(ledger, session, run_id).answer(request)
 
 
@@ -90,7 +91,7 @@ def refresh_run(request: Request, ledger: Ledger, session: SessionDep, run_id: s
 def show_failures(
     job_id: JobId,
     ledger: Ledger,
-    reason: FailureReason | None = None,
+    reason: Reason = None,
     after: Annotated[int, Query(ge=0, lt=2**63)] = 0,
 ) -> Response:
     """The next records of a job without an embedding."""
@@ -107,14 +108,22 @@ def show_failures(
 
 
 @router.get("/jobs/{job_id}/failures.csv")
-def download_failures(job_id: JobId, ledger: Ledger) -> Response:
+def download_failures(job_id: JobId, ledger: Ledger, reason: Reason = None) -> Response:
     """All of them, as a file."""
     in_transaction(ledger, get_job, job_id)
+    name = f"job-{job_id}-{f'{reason}-' if reason else ''}failures.csv"
     return StreamingResponse(
-        write_csv(ledger, job_id),
+        write_csv(ledger, job_id, reason=reason),
         media_type="text/csv; charset=utf-8",
-        headers={"Content-Disposition": f'attachment; filename="job-{job_id}-failures.csv"'},
+        headers={"Content-Disposition": f'attachment; filename="{name}"'},
     )
+
+
+@router.get("/jobs/{job_id}/waiters")
+def show_waiters(job_id: JobId, ledger: Ledger) -> Response:
+    """Who waits for a job: what a person is told who wants to cancel it."""
+    in_transaction(ledger, get_job, job_id)
+    return show("cancel.html", job_id=job_id, waiters=in_transaction(ledger, list_waiters, job_id))
 
 
 @router.get("/jobs/{job_id}/chunks")
@@ -132,19 +141,21 @@ def live_jobs(ledger: Engine, state: str, named: str, before: int | None) -> Liv
     return Live(
         "job_list.html",
         make_url("live", "jobs", **query, **({} if before is None else {"before": before})),
-        seconds=BUSY_SECONDS,
+        busy=any(job.state == "running" for job in listed.jobs),
         listed=listed,
         older=None if listed.older is None else make_url("", **query, before=listed.older),
     )
 
 
-def live_job(ledger: Engine, job_id: int, *, acts: bool) -> Live:
+def live_job(request: Request, ledger: Engine, job_id: int, *, acts: bool) -> Live:
     page = in_transaction(ledger, read_job, job_id)
+    reading = request.app.state.verifier.state_of(job_id)
     return Live(
         "job_live.html",
         make_url("live", "jobs", str(job_id)),
-        seconds=BUSY_SECONDS if page.overview.state == "running" else IDLE_SECONDS,
+        busy=page.overview.state == "running" or bool(reading),
         page=page,
+        reading=reading,
         job=page.overview,
         report=page.report,
         acts=acts,
@@ -152,11 +163,8 @@ def live_job(ledger: Engine, job_id: int, *, acts: bool) -> Live:
 
 
 def live_run(ledger: Engine, session: Session, run_id: str) -> Live:
-    files = files_of_run(session, run_id)
-    jobs = in_transaction(ledger, read_run, files)
-    return Live(
-        "run_live.html", make_url("live", "run", run_id=run_id), seconds=BUSY_SECONDS, files=files, jobs=jobs
-    )
+    run = read_run(session, ledger, run_id)
+    return Live("run_live.html", make_url("live", "run", run_id=run_id), busy=run.changes, run=run)
 
 
 def make_url(*parts: str, **query: object) -> str:

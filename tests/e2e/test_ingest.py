@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -212,3 +213,10 @@ def test_inbox_with_a_bad_file_gives_the_good_ones_and_names_the_bad_one(
     assert house.tasks(run)["register", 2]["try_number"] == 1, "an input error was tried again"
     log = ask(house.airflow, "GET", f"{DAG}/dagRuns/{run}/taskInstances/summary/logs/1")
     assert str(bad) in json.dumps(log)
+    tab = house.airflow.get(
+        house.airflow.base_url.copy_with(path="/virnucpro/run"), params={"run_id": run}
+    ).text
+    assert [str(path) in tab for path in (one, two, bad)] == [True] * 3
+    assert f"/runs/{quote(run, safe='')}/tasks/register/mapped/2" in tab, (
+        "nothing leads to the bad file's task"
+    )

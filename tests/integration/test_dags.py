@@ -240,6 +240,12 @@ def test_asset_event_carries_rows_and_checksum(ledger: Engine, inbox: Path) -> N
     assert job["folder"].startswith("results/a-")
 
 
+def test_a_file_that_its_job_was_not_asked_for_is_named(ledger: Engine, inbox: Path) -> None:
+    [file] = register(write_fasta(inbox / "a.fasta", "MKVLAT"))
+    with pytest.raises(JobError, match=r"was not asked for this file.*/else\.fasta"):
+        report([file | {"path": "/else.fasta"}])
+
+
 def test_too_many_failures_fail_the_report_and_the_form_decides_how_many(ledger: Engine, inbox: Path) -> None:
     files = register(write_fasta(inbox / "a.fasta", "MKVLAT", "MKW"))
     finish(ledger, files[0]["job"], failures=1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from airflow.serialization.serialized_objects import DagSerialization
+from structlog.testing import capture_logs
 
 from dags import virnucpro_ingest as ingest
 from dags.notices import make_deadline, tell_failed, tell_late
@@ -19,7 +20,7 @@ from virnucpro_core.errors import SettingsError
 pytestmark = pytest.mark.integration
 
 LATE: dict[str, Any] = {
-    "dag_run": {"dag_run_id": "nightly"},
+    "dag_run": {"dag_run_id": "nightly", "state": "running", "run_type": "scheduled"},
     "deadline": {"id": "a", "deadline_time": "2026-11-22 08:00:00+00:00"},
 }
 
@@ -40,9 +41,31 @@ def test_the_notifier_of_the_settings_tells_of_both(
     ]
 
 
+@pytest.mark.parametrize(
+    "of_run",
+    [{"state": "failed"}, {"state": "success"}, {"run_type": "backfill"}],
+    ids=lambda one: str(*one.values()),
+)
+def test_a_run_that_is_over_and_a_backfill_are_not_late(
+    settings_environment: Callable[..., None], tmp_path: Path, of_run: dict[str, str]
+) -> None:
+    told = tmp_path / "told"
+    settings_environment(
+        notifier="tests.notifiers.FileNotifier",
+        notifier_options=json.dumps({"path": str(told), "text": "{{ run_id }} {{ what }}"}),
+    )
+    asyncio.run(tell_late(LATE | {"dag_run": LATE["dag_run"] | of_run}))
+    assert not told.exists()
+
+
 def test_without_a_notifier_the_log_is_told(settings_environment: Callable[..., None]) -> None:
-    tell_failed({"run_id": "nightly"})
-    asyncio.run(tell_late(LATE))
+    with capture_logs() as logs:
+        tell_failed({"run_id": "nightly"})
+        asyncio.run(tell_late(LATE))
+    assert [(line["event"], line["log_level"], line["run"]) for line in logs] == [
+        ("the run failed", "error", "nightly"),
+        ("the run is late", "warning", "nightly"),
+    ]
 
 
 @pytest.mark.parametrize(

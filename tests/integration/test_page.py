@@ -3,76 +3,41 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
-from collections.abc import Iterator
-from dataclasses import replace
 from io import StringIO
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import Engine, text
+from starlette.routing import Mount
 
 from dags.links import JobLink
 from dags.page import content
 from dags.page.plugin import VirnucproPlugin
+from dags.page.rendering import FOLDER
 from tests import ledger_jobs as jobs
+from tests.page_jobs import enter_job, run_job, state_of
 from virnucpro_core.features.files import hash_file
 from virnucpro_core.ledger import queries
-from virnucpro_core.ledger.database import in_transaction, open_ledger
+from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.settings import load_settings
 
 if TYPE_CHECKING:
     from tests.fixtures_page import TokenOf, Visit
 
 pytest_plugins = ["tests.fixtures_page"]
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("page_model")]
 
 HOSTILE = """<script>alert("1")</script>'"><img src=x onerror=alert(2)>{{ 7 * 7 }}"""
 """A record's id, an error, a file's name: whoever made the input chose it."""
 
-VIEWS = ["", "live/jobs", "jobs/1", "live/jobs/1", "jobs/1/failures", "jobs/1/failures.csv", "jobs/1/chunks"]
+VIEWS = [
+    *("", "live/jobs", "jobs/1", "live/jobs/1"),
+    *(f"jobs/1/{part}" for part in ("failures", "failures.csv", "chunks", "waiters")),
+]
 RUN_VIEWS = ["run?run_id=a", "live/run?run_id=a"]
 ACTIONS = ["retry", "cancel", "verify", "mend"]
-
-
-@pytest.fixture
-def ledger(ledger_url: str) -> Iterator[Engine]:
-    """The ledger as its owner sees it, to play the workers and to look at what became of it."""
-    engine = open_ledger(ledger_url)
-    with engine.begin() as tx:
-        jobs.add_model(tx)
-    yield engine
-    engine.dispose()
-
-
-def enter_job(ledger: Engine, content: str = "a", path: str = "/in/reads.fasta") -> int:
-    submission = replace(jobs.SUBMISSION, path=path, stem=Path(path).stem)
-    return in_transaction(ledger, jobs.register, jobs.scan(content=content), submission).job_id
-
-
-def run_job(ledger: Engine, job: int, failures: int = 0) -> list[Path]:
-    """Play the workers until the job is done; returns the files that the ledger tells of, with their checksums."""
-    paths = []
-    with ledger.begin() as tx:
-        jobs.run_job(tx, job, jobs.start_worker(tx), failures)
-        for artifact in queries.artifacts_of(tx, job):
-            path = load_settings().output_root / artifact.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(os.urandom(artifact.bytes))
-            tx.execute(
-                text("UPDATE artifacts SET sha256 = :sha256 WHERE id = :id"),
-                {"sha256": hash_file(path), "id": artifact.id},
-            )
-            paths.append(path)
-        tx.execute(text("UPDATE submissions SET published_at = NULL, published_generation = NULL"))
-    return paths
-
-
-def state_of(ledger: Engine, job: int) -> str:
-    return str(in_transaction(ledger, queries.get_job, job).state)
 
 
 def test_strangers_see_nothing(ledger: Engine, visit: Visit) -> None:
@@ -89,6 +54,14 @@ def test_strangers_see_nothing(ledger: Engine, visit: Visit) -> None:
     assert forged.get("/virnucpro/").status_code == 403
 
 
+def test_a_page_whose_login_has_expired_is_loaded_again(ledger: Engine, visit: Visit) -> None:
+    answer = visit(None).get("/virnucpro/live/jobs", headers={"HX-Request": "true"})
+    assert (answer.status_code, answer.headers["HX-Refresh"]) == (401, "true")
+    assert (
+        "HX-Refresh" not in visit("viewer").get("/virnucpro/jobs/7", headers={"HX-Request": "true"}).headers
+    )
+
+
 def test_every_route_asks_who_is_there(visit: Visit) -> None:
     """A view that somebody adds without a guard is found here."""
     [mounted] = VirnucproPlugin().fastapi_apps
@@ -100,7 +73,11 @@ def test_every_route_asks_who_is_there(visit: Visit) -> None:
             answer = stranger.request(method, f"/virnucpro{path}?run_id=a")
             assert answer.status_code == 401, (method, path)
             tried += 1
+        if not getattr(route, "methods", None):
+            # What is the same for everybody: our style, icon and scripts.
+            assert (type(route), route.path) == (Mount, "/static")
     assert tried >= len(VIEWS) + len(RUN_VIEWS) + len(ACTIONS)
+    assert {file.suffix for file in (FOLDER / "static").iterdir()} == {".css", ".js", ".svg"}
 
 
 def test_viewers_read_and_do_nothing(ledger: Engine, visit: Visit, token_of: TokenOf) -> None:
@@ -115,91 +92,6 @@ def test_viewers_read_and_do_nothing(ledger: Engine, visit: Visit, token_of: Tok
     assert state_of(ledger, job) == "running"
 
 
-def test_actions_want_a_post_from_our_own_page(ledger: Engine, visit: Visit, token_of: TokenOf) -> None:
-    job = enter_job(ledger)
-    user = visit("user")
-    other = token_of(visit("admin"))
-    for action in ACTIONS:
-        path = f"/virnucpro/jobs/{job}/{action}"
-        assert user.get(path, headers=token_of(user)).status_code == 405
-        for headers in ({}, {"X-CSRF-Token": "0" * 64}, {"X-CSRF-Token": "é".encode()}, other):
-            assert user.post(path, headers=headers).status_code == 403, (action, headers)
-    assert state_of(ledger, job) == "running"
-
-
-def test_user_cancels_and_retries_and_airflow_remembers_who(
-    ledger: Engine, visit: Visit, token_of: TokenOf
-) -> None:
-    from airflow.models import Log
-    from airflow.utils.session import create_session
-
-    job = enter_job(ledger)
-    user = visit("user")
-    page = f"/virnucpro/jobs/{job}"
-    assert 'id="cancel"' in user.get(page).text
-    assert user.post(f"{page}/cancel", headers=token_of(user)).status_code == 200
-    assert state_of(ledger, job) == "cancelled"
-    again = user.post(f"{page}/cancel", headers=token_of(user))
-    assert (again.status_code, "Only a running job" in again.text) == (409, True)
-    assert 'id="retry"' in user.get(page).text
-    retried = user.post(f"{page}/retry", headers=token_of(user))
-    assert retried.headers["HX-Trigger"] == "virnucpro:changed"
-    assert "0 of 3 chunks were lost, 0 are kept; 3 wait to run." in retried.text
-    assert state_of(ledger, job) == "running"
-    with create_session() as session:
-        events = [(row.event, row.owner) for row in session.query(Log).order_by(Log.id)]
-    assert events[-3:] == [(f"virnucpro_{name}", "a user") for name in ("cancel", "cancel", "retry")]
-
-
-def test_retry_makes_lost_files_again_and_keeps_the_others(
-    ledger: Engine, visit: Visit, token_of: TokenOf
-) -> None:
-    job = enter_job(ledger)
-    files = run_job(ledger, job)
-    for path in (files[0], files[-1]):  # of a chunk, and the merged ones that all could be made from
-        path.unlink()
-    user = visit("user")
-    answer = user.post(f"/virnucpro/jobs/{job}/retry", headers=token_of(user))
-    assert "1 of 3 chunks were lost, 2 are kept; 1 wait to run." in answer.text
-    assert state_of(ledger, job) == "running"
-
-
-def test_nothing_is_taken_for_lost_where_the_output_folder_is_not_seen(
-    ledger: Engine, visit: Visit, token_of: TokenOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = enter_job(ledger)
-    run_job(ledger, job)
-    user = visit("user")
-    token = token_of(user)
-    load_settings().output_root.rename(load_settings().output_root.with_name("elsewhere"))
-    for found in ("nothing", "the folder that a volume is mounted on"):
-        for action in ("retry", "verify", "mend"):
-            answer = user.post(f"/virnucpro/jobs/{job}/{action}", headers=token)
-            assert "does not see the output folder" in answer.text, found
-        assert state_of(ledger, job) == "succeeded"
-        load_settings().output_root.mkdir(exist_ok=True)
-
-
-def test_verify_names_the_altered_file_and_mend_makes_it_again(
-    ledger: Engine, visit: Visit, token_of: TokenOf
-) -> None:
-    job = enter_job(ledger)
-    files = run_job(ledger, job)
-    user = visit("user")
-    page, token = f"/virnucpro/jobs/{job}", token_of(user)
-    answer = user.post(f"{page}/verify", headers=token)
-    assert f"{len(files)} files" in answer.text
-    assert "every byte is as it was recorded" in answer.text
-    files[-1].write_bytes(b"x" * files[-1].stat().st_size)
-    answer = user.post(f"{page}/verify", headers=token)
-    assert f"1 of {len(files)} files are at fault" in answer.text
-    assert str(files[-1].relative_to(load_settings().output_root)) in answer.text
-    assert state_of(ledger, job) == "succeeded"
-    answer = user.post(f"{page}/mend", headers=token)
-    assert "wait to run" in answer.text
-    assert state_of(ledger, job) == "running"
-
-
 def test_job_is_told_with_counts_checksums_and_files(ledger: Engine, visit: Visit) -> None:
     job = enter_job(ledger)
     files = run_job(ledger, job, failures=2)
@@ -209,9 +101,19 @@ def test_job_is_told_with_counts_checksums_and_files(ledger: Engine, visit: Visi
     assert f"{told.embeddings:,} embedded, {told.failed:,} failed" in page
     assert f"{told.failed} empty" in page
     assert "/in/reads.fasta" in page
+    [submission] = in_transaction(ledger, queries.submissions_of, job)
+    assert submission.folder(told.input_sha256, told.recipe_sha256) not in page, "it is not published yet"
     assert hash_file(files[-1]) in page
     assert hash_file(files[0]) in viewer.get(f"/virnucpro/jobs/{job}/chunks").text
-    assert "RANDOM" in page or not told.recipe["demonstration"]
+    assert "RANDOM" not in page
+    with ledger.begin() as tx:
+        tx.execute(
+            text("""UPDATE jobs SET recipe = jsonb_set(CAST(recipe AS jsonb), '{demonstration}', 'true')""")
+        )
+        tx.execute(text("UPDATE submissions SET published_at = now(), published_generation = 1"))
+    page = viewer.get(f"/virnucpro/jobs/{job}").text
+    assert "RANDOM" in page
+    assert f"<code>{submission.folder(told.input_sha256, told.recipe_sha256)}</code>" in page
 
 
 def test_hostile_text_stays_text(ledger: Engine, visit: Visit) -> None:
@@ -262,6 +164,7 @@ def test_failures_come_by_reason_page_by_page_and_as_csv(
     with ledger.begin() as tx:
         tx.execute(text("UPDATE failures SET reason = 'oom' WHERE record = 1"))
         all_of_them = list(queries.failures_of(tx, job))
+        tx.execute(text("UPDATE failures SET record_id = '=1+1', detail = '\t@SUM(A1)' WHERE record = 1"))
     assert len(all_of_them) == 6
     viewer = visit("viewer")
     page = f"/virnucpro/jobs/{job}"
@@ -280,6 +183,12 @@ def test_failures_come_by_reason_page_by_page_and_as_csv(
     rows = list(csv.reader(StringIO(answer.text)))
     assert rows[0] == ["record", "id", "reason", "detail"]
     assert [int(row[0]) for row in rows[1:]] == [failure.record for failure in all_of_them]
+    assert rows[1] == ["1", "'=1+1", "oom", "'\t@SUM(A1)"], "a spreadsheet would compute it"
+    assert rows[2][1] == all_of_them[1].id
+    some = viewer.get(f"{page}/failures.csv?reason=empty")
+    assert some.headers["Content-Disposition"] == f'attachment; filename="job-{job}-empty-failures.csv"'
+    assert list(csv.reader(StringIO(some.text))) == [rows[0], *rows[2:]]
+    assert f'href="{page}/failures.csv?reason=empty"' in viewer.get(f"{page}/failures?reason=empty").text
 
 
 def test_jobs_are_found_by_file_and_state(
@@ -300,7 +209,9 @@ def test_jobs_are_found_by_file_and_state(
     assert found("named=%25") == ["soil%"]
     assert found("state=succeeded") == ["Gut_sample"]
     assert found("named=soil&state=succeeded") == []
-    assert viewer.get("/virnucpro/?state=nothing").status_code == 422
+    enter_job(ledger, "a", "/in/equal.fasta")
+    assert found("") == ["soil%", "Gut_sample and 1 more"]
+    assert found("named=equal") == ["equal and 1 more"]
     monkeypatch.setattr(content, "JOBS_SHOWN", 1)
     html = viewer.get("/virnucpro/").text
     older = re.search(r'<a href="([^"]+)">Older', html)
@@ -313,10 +224,32 @@ def test_what_the_browser_has_already_is_not_sent_again(ledger: Engine, visit: V
     viewer = visit("viewer")
     url = next_look(viewer.get(f"/virnucpro/jobs/{job}").text)
     assert viewer.get(url).status_code == 204
+    assert 'hx-trigger="every 2s' in viewer.get("/virnucpro/").text
     run_job(ledger, job)
     answer = viewer.get(url)
     assert (answer.status_code, "succeeded" in answer.text) == (200, True)
     assert next_look(answer.text) != url
+    assert 'hx-trigger="every 10s' in answer.text
+    assert 'hx-trigger="every 10s' in viewer.get("/virnucpro/").text, "no job in it runs"
+
+
+def test_what_was_shown_of_files_is_dropped_when_the_job_goes_on(ledger: Engine, visit: Visit) -> None:
+    """The browser keeps these parts as long as their ids are the same."""
+    job = enter_job(ledger)
+    viewer = visit("viewer")
+    seen = set()
+
+    def kept() -> str:
+        return str(
+            re.findall(r'<div id="([^"]+)"[^>]* hx-preserve>', viewer.get(f"/virnucpro/jobs/{job}").text)
+        )
+
+    for _ in range(2):
+        seen.add(kept())
+        run_job(ledger, job)
+        seen.add(kept())
+        in_transaction(ledger, jobs.register, jobs.scan(), force=True)
+    assert len(seen) == 4
 
 
 def next_look(html: str) -> str:
@@ -325,10 +258,27 @@ def next_look(html: str) -> str:
     return found[1].replace("&amp;", "&")
 
 
-def test_unknown_jobs_are_told(ledger: Engine, visit: Visit) -> None:
-    viewer = visit("viewer")
-    assert viewer.get("/virnucpro/jobs/7").status_code == 404
-    assert viewer.get("/virnucpro/jobs/99999999999999999999").status_code == 422
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("jobs/7", 404),
+        ("nowhere", 404),
+        ("jobs/7/retry", 405),
+        ("jobs/99999999999999999999", 422),
+        ("?state=nothing", 422),
+        ("?named=a%00b", 422),
+        ("run?run_id=%00", 422),
+        ("live/run?run_id=%00", 422),
+        ("run", 422),
+    ],
+)
+def test_whatever_is_wrong_with_an_address_is_told_on_a_page(
+    ledger: Engine, visit: Visit, path: str, status: int
+) -> None:
+    answer = visit("viewer").get(f"/virnucpro/{path}")
+    assert (answer.status_code, "<h1>VirNucPro</h1>" in answer.text) == (status, True), answer.text
+    part = visit("viewer").get(f"/virnucpro/{path}", headers={"HX-Request": "true"})
+    assert (part.status_code, part.text.startswith('<p class="notice">')) == (status, True)
 
 
 def test_ledger_that_cannot_be_used_is_told(

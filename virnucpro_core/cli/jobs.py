@@ -114,6 +114,7 @@ def failures(
     def write(tx: Connection) -> None:
         get_job(tx, job)
         if as_csv:
+            # As they are: a program looks for its own ids. What is for spreadsheets is the CSV of Airflow's page.
             writer = csv.writer(sys.stdout, lineterminator="\n")
             writer.writerow(FAILURE_COLUMNS)
             writer.writerows(astuple(failure) for failure in failures_of(tx, job))

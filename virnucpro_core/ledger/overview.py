@@ -18,7 +18,8 @@ class JobOverview:
     """How far one job is.
 
     Attributes:
-        stem: what its first submission calls the result.
+        stem: what its first submission calls the result; of those that were looked for, if a name was.
+        files: how many files have been submitted that are this job: equal ones are one job.
         records, embeddings, failed: records in all, embedded so far, failed so far.
         residues, residues_done: residues in all, and in the extract chunks that are done.
         residues_per_second: over the last 32 chunks that were done within an hour, by the clock on the wall, all
@@ -29,6 +30,7 @@ class JobOverview:
 
     id: int
     stem: str | None
+    files: int
     model: str
     state: str
     stage: str
@@ -103,11 +105,16 @@ def list_job_overviews(
         text(f"""
             SELECT j.id, j.model, j.state, j.stage, j.generation, j.chunks_total, j.chunks_left, j.records,
                    j.embeddings, j.failed, j.error, j.created_at, j.finished_at, i.residues,
-                   (SELECT s.stem FROM submissions s WHERE s.job_id = j.id ORDER BY s.id LIMIT 1) AS stem,
-                   j.residues_done, recent.residues / nullif(recent.seconds, 0) AS residues_per_second,
+                   asked.stem, asked.files, j.residues_done,
+                   recent.residues / nullif(recent.seconds, 0) AS residues_per_second,
                    setback.error AS setback
               FROM jobs j
               JOIN inputs i ON i.sha256 = j.input_sha256
+             CROSS JOIN LATERAL (
+                   SELECT count(DISTINCT s.path) AS files,
+                          (array_agg(s.stem ORDER BY s.id)
+                           FILTER (WHERE position(lower(:named) IN lower(s.path)) > 0))[1] AS stem
+                     FROM submissions s WHERE s.job_id = j.id) asked
               LEFT JOIN LATERAL (
                    -- From the end of the chunk before them: what a slow worker began long ago must not count.
                    SELECT sum(last.residues) FILTER (WHERE last.place <= :recent) AS residues,
@@ -127,8 +134,7 @@ def list_job_overviews(
              WHERE (CAST(:state AS text) IS NULL OR j.state = :state)
                AND (CAST(:jobs AS bigint[]) IS NULL OR j.id = ANY(:jobs))
                AND (CAST(:before AS bigint) IS NULL OR j.id < :before)
-               AND (:named = '' OR EXISTS (SELECT 1 FROM submissions s
-                                            WHERE s.job_id = j.id AND position(lower(:named) IN lower(s.path)) > 0))
+               AND (:named = '' OR asked.stem IS NOT NULL)
              ORDER BY j.id DESC LIMIT :limit
         """),  # noqa: S608 - a constant
         {

@@ -34,6 +34,14 @@ def name_waiter(wait: str, attempt: int | str) -> str:
     return f"{wait}, try {attempt}"
 
 
+def list_waiters(tx: Connection, job_id: int) -> list[str]:
+    """The tokens of those who wait for a job, whoever has waited longest first."""
+    rows = tx.execute(
+        text("SELECT token FROM waiters WHERE job_id = :job ORDER BY since, token"), {"job": job_id}
+    )
+    return list(rows.scalars())
+
+
 def remove_waiter(tx: Connection, job_id: int, token: str, *, cancel_unwatched: bool = False) -> bool:
     """Strike off a run.
 

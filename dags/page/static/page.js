@@ -1,7 +1,19 @@
-// What is on the page may be old while the server does not answer: say so.
-for (const [event, stale] of [["htmx:sendError", true], ["htmx:responseError", true], ["htmx:afterOnLoad", false]]) {
-  document.addEventListener(event, (told) => {
-    const failed = stale && !(told.detail.xhr.status >= 400 && told.detail.xhr.status < 500);
-    document.body.classList.toggle("stale", failed);
-  });
-}
+// A part of the page that looks again and again says when what is seen may be old, and why. What a person asked for
+// has its answer elsewhere.
+const isLook = (told) => told.detail.requestConfig.elt.matches(".live");
+
+const why = () => document.getElementById("why");
+
+document.addEventListener("htmx:beforeSwap", (told) => {
+  if (told.detail.isError && isLook(told)) told.detail.target = why();
+});
+
+document.addEventListener("htmx:afterRequest", (told) => {
+  const { successful, requestConfig } = told.detail; // successful: undefined where nobody answered
+  if (isLook(told)) {
+    document.body.classList.toggle("stale", !successful);
+    if (successful !== false) why().replaceChildren();
+  } else if (requestConfig.verb === "post") {
+    htmx.trigger(document.body, "virnucpro:changed");
+  }
+});
