@@ -136,6 +136,19 @@ def test_without_a_ledger_the_file_is_told_of_all_the_same(
     assert "tokens:           8" in ended.out
 
 
+def test_unknown_model_is_told_before_reading_if_named_and_is_no_history_if_set(
+    pipeline: Pipeline, virnucpro: Command, fasta: Path
+) -> None:
+    ended = virnucpro("estimate", fasta.with_name("never_read.fasta"), "--model", "tyni")
+    assert (ended.code, ended.out) == (4, "")
+    assert "no model is registered as 'tyni'" in ended.err
+    assert "there is no such file" not in ended.err
+    pipeline.configure(model="elsewhere")
+    told = virnucpro("estimate", fasta, "--json").json()
+    assert (told["files"][0]["chunks"], told["durations"]) == (pipeline.submit(fasta).chunks, [])
+    assert "no model is registered as 'elsewhere'" in told["no_duration"]
+
+
 def test_file_outside_the_roots_is_refused_as_it_would_be_later(
     pipeline: Pipeline, virnucpro: Command, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
