@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.jobs import cancel, resume
 from virnucpro_core.ledger.queries import artifacts_of
 from virnucpro_core.ledger.setbacks import attempts_on
-from workers.process import WorkerProcess
 
 if TYPE_CHECKING:
     from tests.fixtures_command import Completed
@@ -101,25 +100,6 @@ def test_setbacks_go_with_their_generation(tx: Connection) -> None:
     assert outcomes(tx, job, 1) == []
     jobs.run_job(tx, job, worker)
     assert tx.execute(text("SELECT count(*) FROM setbacks")).scalar_one() == 0
-
-
-@pytest.fixture
-def run_chunks(pipeline: Pipeline) -> Iterator[Callable[[str], None]]:
-    """Runs all chunks of a stage that wait, in this process."""
-    processes: dict[str, WorkerProcess] = {}
-
-    def run(stage: str) -> None:
-        queue = "extract" if stage == "extract" else "finish"
-        if queue not in processes:
-            processes[queue] = WorkerProcess(pipeline.settings, node=f"{queue}@test", queue=queue)
-        for row in pipeline.rows("SELECT id FROM chunks WHERE stage = :stage ORDER BY id", stage=stage):
-            processes[queue].run(stage, row.id)
-        done = "SELECT 1 FROM chunks WHERE stage = :stage AND state <> 'done'"
-        pipeline.wait_until(lambda: not pipeline.rows(done, stage=stage))
-
-    yield run
-    for process in processes.values():
-        process.close()
 
 
 def test_story_of_a_record_from_the_queue_to_its_row(

@@ -142,10 +142,11 @@ def report(
     (the input, the embeddings), or is not there yet, is left out, and the page says so.
     """
     check_writable(out)
+    from virnucpro_core.htmlreport.contents import gather
     from virnucpro_core.htmlreport.files import write_report
 
     with connect() as ledger, show_progress((f"reading the input of job {job}", None)) as (bar,):
-        written = write_report(out, ledger, load_settings(), job, on_progress=bar.set)
+        written = write_report(out, gather(ledger, load_settings(), job, on_progress=bar.set))
     print(f"job {job}: {out}, {written.bytes:,} bytes")
 
 
