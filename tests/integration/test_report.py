@@ -92,6 +92,7 @@ def test_job_ends_with_a_report_that_can_be_made_again(
     assert "The input cannot be read" in later
     assert 'id="lengths"' not in later
     assert 'id="projection"' in later
+    assert [text.count("coloured by length") + text.count("Colour is") for text in (page, later)] == [2, 0]
 
 
 def test_input_is_read_once_for_the_reports_of_all_submissions(

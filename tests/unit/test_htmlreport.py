@@ -210,6 +210,8 @@ def test_records_that_are_all_alike_have_a_page() -> None:
     same = cast("Matrix", FakeMatrix(np.arange(1, 6), np.ones((5, 8), dtype=np.float32)))
     page = render(contents_of(sample=take_sample(same), lengths=None))
     assert len(pictures(page)) == 3
+    assert "colour" not in page.lower(), "without lengths all points are alike"
+    assert "Colour is the length" in render(contents_of())
 
 
 def try_report(tmp_path: Path) -> object:
