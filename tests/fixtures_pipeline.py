@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import torch
 from sqlalchemy import Engine, Row, text
 
 from virnucpro_core.embedding.checkpoint import Checkpoint
@@ -196,6 +197,17 @@ def small_fasta(tmp_path: Path) -> Path:
     path = tmp_path / "inbox" / "small.fasta"
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join([*records[:5], ">empty\n", *records[5:], ">digits\nMKV1AG\n"]))
+    return path
+
+
+@pytest.fixture
+def nucleotides(small_fasta: Path) -> Path:
+    """A DNABERT-S file with one entry for each record of `small_fasta`, failures included."""
+    ids = [line[1:].split()[0] for line in small_fasta.read_text().splitlines() if line.startswith(">")]
+    entries = [{"label": name, "mean_representation": [float(k)] * 768} for k, name in enumerate(ids)]
+    path = small_fasta.with_name("small_DNABERT_S.pt")
+    with path.open("wb") as file:
+        torch.save({"nucleotide": ids, "data": entries}, file)
     return path
 
 
