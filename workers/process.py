@@ -34,7 +34,6 @@ from virnucpro_core.ledger.outbox import send_again
 from virnucpro_core.ledger.queries import live_workers
 from virnucpro_core.ledger.rejections import RejectionReason, count_rejections
 from virnucpro_core.ledger.suspects import break_down, must_be_condemned, must_be_halved, split
-from virnucpro_core.ledger.tallies import count_duplicate
 from virnucpro_core.ledger.transitions import (
     EXTRACT,
     MERGE,
@@ -45,6 +44,7 @@ from virnucpro_core.ledger.transitions import (
     fail,
 )
 from virnucpro_core.ledger.work import Claim, Work
+from virnucpro_core.ledger.workers import count_if_duplicate
 from virnucpro_core.logs import about, about_attempt, about_work
 from virnucpro_core.sequences.halving import halve
 from virnucpro_core.settings import Settings
@@ -302,8 +302,7 @@ class WorkerProcess:
             try:
                 yield
             except StaleLeaseError as error:
-                log.warning("result_dropped", reason=str(error))
-                self._count_duplicate(claimed)
+                log.warning("result_dropped", reason=str(error), duplicate=self._count_duplicate(claimed))
             except (VirnucproError, SoftTimeLimitExceeded) as error:
                 self._fail(claimed, error)
             except Exception as error:
@@ -311,11 +310,13 @@ class WorkerProcess:
                 self._fail(claimed, error, fatal=True)
                 raise
 
-    def _count_duplicate(self, claimed: Claim) -> None:
+    def _count_duplicate(self, claimed: Claim) -> bool | None:
+        """Whether another worker has the chunk of a dropped result; None if the ledger cannot be asked."""
         try:
-            in_transaction(self.ledger, count_duplicate, claimed)
+            return in_transaction(self.ledger, count_if_duplicate, claimed)
         except ServiceError as error:
             log.warning("duplicate_not_counted", reason=str(error))
+            return None
 
     def _fail(self, claimed: Claim, error: Exception, *, fatal: bool = False) -> None:
         said = str(error) if isinstance(error, VirnucproError) else f"{type(error).__name__}: {error}"
