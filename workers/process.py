@@ -72,6 +72,18 @@ FLUSH_SECONDS = 30.0
 UNFIT = 71  # exit code of a child that should not go on
 
 
+@contextmanager
+def giving_up() -> Iterator[None]:
+    """Ends the process after an error that nobody foresaw; within `about…`, so that the line names its subject."""
+    try:
+        yield
+    except VirnucproError:
+        raise
+    except Exception as error:
+        log.exception("process_given_up")
+        raise SystemExit(UNFIT) from error
+
+
 class WorkerProcess:
     """One Celery child.
 
@@ -119,13 +131,8 @@ class WorkerProcess:
         self.busy = True
         try:
             worker_id = self.heartbeat.wait_for_worker()
-            with about(chunk=chunk_id, stage=stage, worker=worker_id):
+            with about(chunk=chunk_id, stage=stage, worker=worker_id), giving_up():
                 self._run(stage, chunk_id, worker_id)
-        except VirnucproError:
-            raise
-        except Exception as error:
-            log.exception("process_given_up", chunk=chunk_id)
-            raise SystemExit(UNFIT) from error
         finally:
             self.busy = False
 
@@ -139,7 +146,7 @@ class WorkerProcess:
             log.error("message_rejected", job=work.job_id, reason=f"the chunk's stage is {work.stage}")
             in_transaction(self.ledger, count_rejections, {RejectionReason.STAGE: 1})
         else:
-            with about_work(work):
+            with about_work(work), giving_up():
                 (self._extract if stage == EXTRACT else self._run_whole_input)(work, worker_id)
 
     def close(self) -> None:
@@ -182,7 +189,7 @@ class WorkerProcess:
         if must_be_halved(claimed):
             self._halve(claimed)
             return
-        self.look_ahead.start()
+        self.look_ahead.start(worker_id)
         extraction: Extraction | None = None
         with self._attempt(claimed):
             from virnucpro_core.embedding.extraction import extract
