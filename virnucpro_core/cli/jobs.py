@@ -17,6 +17,7 @@ from virnucpro_core.cli.output import (
     format_counts,
     print_facts,
     print_json,
+    print_line,
     print_note,
     print_table,
     show_progress,
@@ -147,7 +148,7 @@ def report(
 
     with connect() as ledger, show_progress((f"reading the input of job {job}", None)) as (bar,):
         written = write_report(out, gather(ledger, load_settings(), job, on_progress=bar.set))
-    print(f"job {job}: {out}, {written.bytes:,} bytes")
+    print_line(f"job {job}: {out}, {written.bytes:,} bytes")
 
 
 def retry(
@@ -201,7 +202,7 @@ def verify(job: JobArgument, as_json: AsJson = False) -> None:
         print_json({"passed": verification.passed, **asdict(verification)})
     else:
         for fault in verification.faults:
-            print(f"{fault.path}: {fault.what}")
+            print_line(f"{fault.path}: {fault.what}")
         outcome = (
             "are as recorded"
             if verification.passed
