@@ -82,6 +82,20 @@ def test_every_service_has_what_keeps_it_running(file: dict[str, Any]) -> None:
         assert file["services"][name]["cap_drop"] == ["ALL"], name
 
 
+def test_ledger_knows_each_worker_by_a_name_that_stays(file: dict[str, Any]) -> None:
+    """A container's id is another after each `up`; a health check is about the nodes of one host name."""
+    workers = {
+        name: service for name, service in file["services"].items() if "worker" in service.get("command", [])
+    }
+    names = [service["hostname"] for service in workers.values()]
+    assert len(set(names)) == len(workers) == 3
+    assert all(name.startswith("${WORKER_HOST:-main}-") for name in names)
+    elsewhere = yaml.safe_load((PROJECT / "deploy" / "gpu-host.yml").read_text())["services"]
+    for name, service in elsewhere.items():
+        own = re.sub(r"\$\{WORKER_HOST:\?[^}]+\}", "${WORKER_HOST:-main}", service["hostname"])
+        assert own == workers[name]["hostname"], "no default: it would be the main host's"
+
+
 def test_who_gets_which_secret(file: dict[str, Any]) -> None:
     """A role's URL is where the role works, and nowhere else."""
     holders: dict[str, set[str]] = {}
