@@ -184,7 +184,7 @@ def print_durations(durations: list[Duration], missing: str) -> None:
     for duration in durations:
         rate = duration.rate
         now = (
-            f", {format_hours(duration.hours_now)} on the {rate.workers_now} that live there now"
+            f", {format_hours(duration.hours_now)} on the {rate.workers_now} of its kind that live there now"
             if duration.hours_now is not None
             else ""
         )
