@@ -95,9 +95,10 @@ class StageTrigger(BaseTrigger):
                 answered = clock()
             except SQLAlchemyError as error:
                 silent = clock() - answered
-                log.warning(
-                    "the ledger does not answer", jobs=self.jobs, reason=str(error), seconds=round(silent)
-                )
+                for job in self.jobs:
+                    log.warning(
+                        "the ledger does not answer", job=job, reason=str(error), seconds=round(silent)
+                    )
                 # after that the task looks for itself, and fails with an error that says what is wrong
                 unsettled = len(self.jobs) if silent < PATIENCE else 0
             if not unsettled:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import torch
 from sqlalchemy import Engine, Row, text
 
 from virnucpro_core.embedding.checkpoint import Checkpoint
@@ -28,6 +29,7 @@ from virnucpro_core.ledger.registration import add_model
 from virnucpro_core.ledger.submissions import Submitted, submit_file
 from virnucpro_core.settings import Settings, load_settings
 from virnucpro_core.stack.processes import ServerProcess, read_tail
+from workers.process import WorkerProcess
 
 T = TypeVar("T")
 
@@ -196,3 +198,33 @@ def small_fasta(tmp_path: Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join([*records[:5], ">empty\n", *records[5:], ">digits\nMKV1AG\n"]))
     return path
+
+
+@pytest.fixture
+def nucleotides(small_fasta: Path) -> Path:
+    """A DNABERT-S file with one entry for each record of `small_fasta`, failures included."""
+    ids = [line[1:].split()[0] for line in small_fasta.read_text().splitlines() if line.startswith(">")]
+    entries = [{"label": name, "mean_representation": [float(k)] * 768} for k, name in enumerate(ids)]
+    path = small_fasta.with_name("small_DNABERT_S.pt")
+    with path.open("wb") as file:
+        torch.save({"nucleotide": ids, "data": entries}, file)
+    return path
+
+
+@pytest.fixture
+def run_chunks(pipeline: Pipeline) -> Iterator[Callable[[str], None]]:
+    """Runs all chunks of a stage that wait, in this process."""
+    processes: dict[str, WorkerProcess] = {}
+
+    def run(stage: str) -> None:
+        queue = "extract" if stage == "extract" else "finish"
+        if queue not in processes:
+            processes[queue] = WorkerProcess(pipeline.settings, node=f"{queue}@test", queue=queue)
+        for row in pipeline.rows("SELECT id FROM chunks WHERE stage = :stage ORDER BY id", stage=stage):
+            processes[queue].run(stage, row.id)
+        done = "SELECT 1 FROM chunks WHERE stage = :stage AND state <> 'done'"
+        pipeline.wait_until(lambda: not pipeline.rows(done, stage=stage))
+
+    yield run
+    for process in processes.values():
+        process.close()

@@ -67,7 +67,7 @@ class Duration:
 
     Attributes:
         hours: on one worker.
-        hours_now: on all workers of that host that live now; None if none does.
+        hours_now: on all workers of that host and kind of device that live now; None if none does.
     """
 
     rate: Rate

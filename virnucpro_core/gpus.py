@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import structlog
 
 log = structlog.get_logger()
 
+AGAIN_SECONDS = 300.0  # until a GPU that could not be asked is asked again
 MASK = "CUDA_VISIBLE_DEVICES"
 
 
@@ -39,8 +41,8 @@ class GpuUse:
     """How busy a GPU is, whoever uses it.
 
     Attributes:
-        utilization: share of the last moments in which it computed anything; None for a MIG instance, which NVML
-            cannot tell.
+        utilization: share of the last moments in which it computed anything; None if NVML cannot tell, as of a
+            MIG instance.
         memory_used, memory_total: in bytes.
     """
 
@@ -120,7 +122,7 @@ def _is_named(gpu: Gpu, entry: str) -> bool:
 
 
 class GpuMeter:
-    """Asks NVML how busy one GPU is. One that cannot be asked is not asked again.
+    """Asks NVML how busy one GPU is. One that cannot be asked is left alone for a while.
 
     Args:
         uuid: a GPU or a MIG instance; anything else (`cpu`, the number of a GPU) has no meter.
@@ -128,12 +130,13 @@ class GpuMeter:
 
     def __init__(self, uuid: str) -> None:
         self.uuid = uuid
-        self.usable = uuid.startswith(("GPU-", "MIG-"))
+        self.has_meter = uuid.startswith(("GPU-", "MIG-"))
+        self.due = 0.0  # on the monotonic clock
         self.handle: object = None
 
     def read(self) -> GpuUse | None:
         """How busy it is now; None without an answer."""
-        if not self.usable:
+        if not self.has_meter or time.monotonic() < self.due:
             return None
         try:
             if self.handle is None:
@@ -142,12 +145,13 @@ class GpuMeter:
             memory = pynvml.nvmlDeviceGetMemoryInfo(self.handle)
             return GpuUse(self._utilization(), int(memory.used), int(memory.total))
         except pynvml.NVMLError as error:
-            self.usable = False
-            log.warning("gpu_not_metered", gpu=self.uuid, reason=str(error))
+            self.handle = None
+            self.due = time.monotonic() + AGAIN_SECONDS
+            log.warning("gpu_not_metered", gpu=self.uuid, reason=str(error), again_in=AGAIN_SECONDS)
             return None
 
     def _utilization(self) -> float | None:
         try:
             return float(pynvml.nvmlDeviceGetUtilizationRates(self.handle).gpu) / 100
-        except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_InvalidArgument):
+        except pynvml.NVMLError:
             return None

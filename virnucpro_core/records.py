@@ -23,10 +23,13 @@ WHOLE = 1 << 62  # residues: no record is cut
 IDS_AT_ONCE = 100_000
 
 
-def find_records(ledger: Engine, settings: Settings, job_id: int, wanted: str) -> list[int]:
+def find_records(
+    ledger: Engine, settings: Settings, job_id: int, wanted: str, *, as_id: bool = False
+) -> list[int]:
     """The numbers of the records that a person means by a number or an id; several if the id is not unique.
 
-    Digits are a number. Ids are looked up among the failures and in the result; before there is one, in the input.
+    Digits are a number if the job has that many records, unless they are said to be an id. Ids are looked up among
+    the failures and in the result; before there is one, in the input.
 
     Raises:
         JobError: there is no such job, or no such record in it.
@@ -34,11 +37,7 @@ def find_records(ledger: Engine, settings: Settings, job_id: int, wanted: str) -
         ArtifactError: there is a result, and it cannot be read.
     """
     job = in_transaction(ledger, get_job, job_id)
-    if wanted.isdecimal():
-        if not 1 <= int(wanted) <= job.records:
-            raise JobError(
-                f"job {job_id} has no record {int(wanted)}", todo=f"Its records are 1 to {job.records}."
-            )
+    if not as_id and wanted.isdecimal() and 1 <= int(wanted) <= job.records:
         return [int(wanted)]
     result = find_result(settings, in_transaction(ledger, artifacts_of, job_id, stage=MERGE))
     if result is None:
@@ -48,7 +47,7 @@ def find_records(ledger: Engine, settings: Settings, job_id: int, wanted: str) -
     if not found:
         raise JobError(
             f"job {job_id} has no record with the id {wanted!r}",
-            todo="An id is the first word of its header; a record's number will do, too.",
+            todo=f"An id is the first word of its header; a record's number, 1 to {job.records}, will do, too.",
         )
     return sorted(found)
 

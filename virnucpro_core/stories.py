@@ -23,7 +23,7 @@ from virnucpro_core.ledger.queries import (
 )
 from virnucpro_core.ledger.setbacks import Attempt, attempts_on
 from virnucpro_core.ledger.transitions import EXTRACT, MERGE
-from virnucpro_core.ledger.work import EXPORT, export_name
+from virnucpro_core.ledger.work import EXPORT, MERGED, SUFFIXES, export_name, file_name
 from virnucpro_core.records import find_result, read_records
 from virnucpro_core.sequences.chunks import ChunkRange
 from virnucpro_core.sequences.residues import UNK
@@ -78,7 +78,7 @@ class RecordStory:
     Attributes:
         record: its number in the input, counted from 1.
         id: None if neither the input nor the result can tell it.
-        outcome: `embedded`, `failed` or `waiting`.
+        outcome: `embedded`, `failed`, `waiting`, or `stopped` if its job is not running and it was not reached.
         failure: why it has no embedding.
         row: its place in the whole result, counted from 0; `places` are the published files with it.
         in_input: None if the record is bad, or the input cannot be read any more.
@@ -140,7 +140,7 @@ def tell_story(ledger: Engine, settings: Settings, job_id: int, record: int) -> 
         name, in_input = look_up(settings, job, chunk, record)
     except InputError as error:
         untold.append(f"what the input says of it: {error}")
-    outcome = "failed" if failure else "embedded" if chunk.state == "done" else "waiting"
+    outcome = tell_outcome(account)
     row = None
     if outcome == "embedded" and job.stage == EXTRACT and job.chunks_left:
         untold.append("its row in the result: there is none before all chunks are done")
@@ -150,6 +150,11 @@ def tell_story(ledger: Engine, settings: Settings, job_id: int, record: int) -> 
             name = read_id(find_result(settings, account.merged), row, record) or name
         except (ArtifactError, InputError) as error:
             untold.append(f"what the result says of it: {error}")
+        untold += [
+            f"its row in {submission.stem}{SUFFIXES[MERGED]}: {submission.error}"
+            for submission in account.submissions
+            if submission.error
+        ]
     return RecordStory(
         job=job.id,
         stem=job.stem,
@@ -177,6 +182,15 @@ def tell_story(ledger: Engine, settings: Settings, job_id: int, record: int) -> 
         execution=job.execution,
         untold=tuple(untold),
     )
+
+
+def tell_outcome(account: Account) -> str:
+    if account.failure is not None:
+        return "failed"
+    if account.chunk.state == "done":
+        return "embedded"
+    # A worker that is still at it may finish it.
+    return "waiting" if "running" in (account.job.state, account.chunk.state) else "stopped"
 
 
 def read_account(tx: Connection, job_id: int, record: int) -> Account:
@@ -269,17 +283,18 @@ def read_id(result: Matrix | None, row: int, record: int) -> str | None:
 
 def find_places(account: Account, row: int) -> Iterator[Place]:
     """The published files that hold a row of a job's result."""
-    exports = [made for made in account.merged if made.kind == EXPORT]
-    within = row
-    for export in exports:
-        if within < export.rows:
-            break
-        within -= export.rows
-    else:
-        return
     job = account.job
+    made = {Path(artifact.path).name for artifact in account.merged}
     for submission in account.submissions:
-        if submission.published_generation == job.generation:
-            folder = submission.folder(job.input_sha256, job.recipe_sha256)
-            name = export_name(submission.stem, Path(export.path).name)
-            yield Place(path=f"{folder}/{name}", row=within)
+        if submission.published_generation != job.generation:
+            continue
+        folder = submission.folder(job.input_sha256, job.recipe_sha256)
+        within = row
+        for export in (one for one in account.merged if one.kind == EXPORT):
+            if within < export.rows:
+                name = export_name(submission.stem, Path(export.path).name)
+                yield Place(path=f"{folder}/{name}", row=within)
+                break
+            within -= export.rows
+        if file_name(MERGED, submission.id) in made:
+            yield Place(path=f"{folder}/{submission.stem}{SUFFIXES[MERGED]}", row=row)

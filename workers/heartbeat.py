@@ -105,7 +105,8 @@ class Heartbeat:
             device=self.device,
             lease_seconds=self.settings.lease_seconds,
         )
-        log.info("worker_registered", node=self.node, worker=self.worker_id, device=self.device)
+        structlog.contextvars.bind_contextvars(worker=self.worker_id)  # for what this thread logs
+        log.info("worker_registered", node=self.node, device=self.device)
         self.registered.set()
         for predecessor in predecessors:
             # What cannot be freed now is the reaper's.
@@ -122,7 +123,5 @@ class Heartbeat:
             gpu_memory_peak=self.gpu_memory_peak,
         )
         if not alive and not self.stopping.is_set():
-            log.error(
-                "worker_given_up", node=self.node, worker=worker_id, todo="Celery starts a new process."
-            )
+            log.error("worker_given_up", node=self.node, todo="Celery starts a new process.")
             os._exit(GIVEN_UP)

@@ -34,7 +34,6 @@ from virnucpro_core.ledger.outbox import send_again
 from virnucpro_core.ledger.queries import live_workers
 from virnucpro_core.ledger.rejections import RejectionReason, count_rejections
 from virnucpro_core.ledger.suspects import break_down, must_be_condemned, must_be_halved, split
-from virnucpro_core.ledger.tallies import count_duplicate
 from virnucpro_core.ledger.transitions import (
     EXTRACT,
     MERGE,
@@ -45,6 +44,7 @@ from virnucpro_core.ledger.transitions import (
     fail,
 )
 from virnucpro_core.ledger.work import Claim, Work
+from virnucpro_core.ledger.workers import count_if_duplicate
 from virnucpro_core.logs import about, about_attempt, about_work
 from virnucpro_core.sequences.halving import halve
 from virnucpro_core.settings import Settings
@@ -70,6 +70,18 @@ SEND_AGAIN_SECONDS = 2.0
 OFFER_AGAIN_SECONDS = 10.0  # for a chunk that this process cannot run at all
 FLUSH_SECONDS = 30.0
 UNFIT = 71  # exit code of a child that should not go on
+
+
+@contextmanager
+def giving_up() -> Iterator[None]:
+    """Ends the process after an error that nobody foresaw; within `about…`, so that the line names its subject."""
+    try:
+        yield
+    except VirnucproError:
+        raise
+    except Exception as error:
+        log.exception("process_given_up")
+        raise SystemExit(UNFIT) from error
 
 
 class WorkerProcess:
@@ -119,13 +131,8 @@ class WorkerProcess:
         self.busy = True
         try:
             worker_id = self.heartbeat.wait_for_worker()
-            with about(chunk=chunk_id, stage=stage, worker=worker_id):
+            with about(chunk=chunk_id, stage=stage, worker=worker_id), giving_up():
                 self._run(stage, chunk_id, worker_id)
-        except VirnucproError:
-            raise
-        except Exception as error:
-            log.exception("process_given_up", chunk=chunk_id)
-            raise SystemExit(UNFIT) from error
         finally:
             self.busy = False
 
@@ -139,7 +146,7 @@ class WorkerProcess:
             log.error("message_rejected", job=work.job_id, reason=f"the chunk's stage is {work.stage}")
             in_transaction(self.ledger, count_rejections, {RejectionReason.STAGE: 1})
         else:
-            with about_work(work):
+            with about_work(work), giving_up():
                 (self._extract if stage == EXTRACT else self._run_whole_input)(work, worker_id)
 
     def close(self) -> None:
@@ -182,7 +189,7 @@ class WorkerProcess:
         if must_be_halved(claimed):
             self._halve(claimed)
             return
-        self.look_ahead.start()
+        self.look_ahead.start(worker_id)
         extraction: Extraction | None = None
         with self._attempt(claimed):
             from virnucpro_core.embedding.extraction import extract
@@ -302,8 +309,7 @@ class WorkerProcess:
             try:
                 yield
             except StaleLeaseError as error:
-                log.warning("result_dropped", reason=str(error))
-                self._count_duplicate(claimed)
+                log.warning("result_dropped", reason=str(error), duplicate=self._count_duplicate(claimed))
             except (VirnucproError, SoftTimeLimitExceeded) as error:
                 self._fail(claimed, error)
             except Exception as error:
@@ -311,11 +317,13 @@ class WorkerProcess:
                 self._fail(claimed, error, fatal=True)
                 raise
 
-    def _count_duplicate(self, claimed: Claim) -> None:
+    def _count_duplicate(self, claimed: Claim) -> bool | None:
+        """Whether another worker has the chunk of a dropped result; None if the ledger cannot be asked."""
         try:
-            in_transaction(self.ledger, count_duplicate, claimed)
+            return in_transaction(self.ledger, count_if_duplicate, claimed)
         except ServiceError as error:
             log.warning("duplicate_not_counted", reason=str(error))
+            return None
 
     def _fail(self, claimed: Claim, error: Exception, *, fatal: bool = False) -> None:
         said = str(error) if isinstance(error, VirnucproError) else f"{type(error).__name__}: {error}"

@@ -14,7 +14,7 @@ from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.queries import next_pending
 from virnucpro_core.ledger.transitions import EXTRACT, Declined, describe
 from virnucpro_core.ledger.work import Work
-from virnucpro_core.logs import about_work
+from virnucpro_core.logs import about, about_work
 from virnucpro_core.sequences.fasta import RecordBatch, parse_records
 from virnucpro_core.sequences.scan import read_range
 from virnucpro_core.settings import Settings
@@ -73,27 +73,30 @@ class LookAhead:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="look-ahead")
         self.reading: Future[None] | None = None
 
-    def start(self) -> None:
+    def start(self, worker_id: int) -> None:
         """Begin to read, unless it is still at it."""
         if self.reading is None or self.reading.done():
-            self.reading = self.thread.submit(self._read)
-            self.reading.add_done_callback(report_error)
+            self.reading = self.thread.submit(self._read, worker_id)
 
     def take(self, work: Work) -> RecordBatch:
         """A chunk's records, read now if they are not here yet; raises as `read_batch` does."""
         batch = self.batches.pop(work.chunk_id, None)
         return read_batch(work, self.settings) if batch is None else batch
 
-    def _read(self) -> None:
-        try:
-            likely = in_transaction(self.ledger, next_pending, self.queue, CHUNKS_AHEAD)
-            for chunk_id in self.batches.keys() - set(likely):
-                self.batches.pop(chunk_id, None)
-            for chunk_id in likely:
-                if chunk_id not in self.batches:
-                    self._read_chunk(chunk_id)
-        except ServiceError as error:
-            log.info("look_ahead_stopped", reason=str(error))
+    def _read(self, worker_id: int) -> None:
+        with about(worker=worker_id):
+            try:
+                likely = in_transaction(self.ledger, next_pending, self.queue, CHUNKS_AHEAD)
+                for chunk_id in self.batches.keys() - set(likely):
+                    self.batches.pop(chunk_id, None)
+                for chunk_id in likely:
+                    if chunk_id not in self.batches:
+                        self._read_chunk(chunk_id)
+            except ServiceError as error:
+                log.info("look_ahead_stopped", reason=str(error))
+            except Exception:
+                # What nobody foresaw may be another worker's chunk: this one's go on.
+                log.exception("look_ahead_failed")
 
     def _read_chunk(self, chunk_id: int) -> None:
         work = in_transaction(self.ledger, describe, chunk_id)
@@ -105,10 +108,3 @@ class LookAhead:
             except InputError as error:
                 # Whoever claims the chunk meets the same error and records it.
                 log.info("chunk_not_read_ahead", reason=str(error))
-
-
-def report_error(reading: Future[None]) -> None:
-    """Log what nobody foresaw. It may be another worker's chunk that met it: this one's go on."""
-    error = reading.exception()
-    if error is not None:
-        log.error("look_ahead_failed", exc_info=error)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import structlog
 from celery.exceptions import SoftTimeLimitExceeded
@@ -17,39 +19,53 @@ from virnucpro_core.ledger.work import REPORT, NewArtifact, Work, file_name
 from virnucpro_core.settings import Settings
 from workers.artifacts import stage_folder
 
+if TYPE_CHECKING:
+    from virnucpro_core.htmlreport.contents import Gathered
+
 log = structlog.get_logger()
 
 
-def try_report(
-    ledger: Engine,
-    work: Work,
-    submission: SubmissionRow,
-    artifacts: Sequence[NewArtifact],
-    settings: Settings,
-) -> Written | None:
-    """Write a submission's report; None, and a line in the log, if that cannot be done.
+class Reporter:
+    """Writes the reports of a job's submissions; what they have in common is gathered once, for the first."""
 
-    Args:
-        artifacts: what this stage has made so far.
+    def __init__(self, ledger: Engine, work: Work, settings: Settings) -> None:
+        self.ledger = ledger
+        self.work = work
+        self.settings = settings
 
-    Raises:
-        ServiceError: the ledger is away; the stage is tried again as a whole.
-    """
-    started = time.perf_counter()
-    path = stage_folder(work, settings) / file_name(REPORT, submission.id)
-    try:
+    @cached_property
+    def gathered(self) -> Gathered:
         # Loaded late, as it brings matplotlib: a worker that cannot load it shall work nevertheless.
-        from virnucpro_core.htmlreport.files import write_report
+        from virnucpro_core.htmlreport.contents import gather
 
-        written = write_report(path, ledger, settings, work.job_id, submission.id, artifacts=artifacts)
-    except (ServiceError, SoftTimeLimitExceeded):
-        raise
-    except Exception:
-        log.exception("report_not_made", job=work.job_id, submission=submission.id)
-        with suppress(OSError):  # what an attempt before this one may have written is recorded nowhere
-            path.unlink()
-        return None
-    log.info(
-        "report_made", job=work.job_id, bytes=written.bytes, seconds=round(time.perf_counter() - started, 3)
-    )
-    return written
+        return gather(self.ledger, self.settings, self.work.job_id)
+
+    def try_report(self, submission: SubmissionRow, artifacts: Sequence[NewArtifact]) -> Written | None:
+        """Write a submission's report; None, and a line in the log, if that cannot be done.
+
+        Args:
+            artifacts: what this stage has made so far.
+
+        Raises:
+            ServiceError: the ledger is away; the stage is tried again as a whole.
+        """
+        started = time.perf_counter()
+        path = stage_folder(self.work, self.settings) / file_name(REPORT, submission.id)
+        try:
+            from virnucpro_core.htmlreport.files import write_report  # late, as above
+
+            written = write_report(path, self.gathered, submission.id, artifacts)
+        except (ServiceError, SoftTimeLimitExceeded):
+            raise
+        except Exception:
+            log.exception("report_not_made", job=self.work.job_id, submission=submission.id)
+            with suppress(OSError):  # what an attempt before this one may have written is recorded nowhere
+                path.unlink()
+            return None
+        log.info(
+            "report_made",
+            job=self.work.job_id,
+            bytes=written.bytes,
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        return written

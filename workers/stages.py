@@ -52,7 +52,7 @@ from virnucpro_core.sequences.scan import read_range
 from virnucpro_core.settings import Settings
 from workers.artifacts import as_new, as_written, describe_file, locate, published_folder, stage_folder
 from workers.publication import Publication
-from workers.reporting import try_report
+from workers.reporting import Reporter
 
 if TYPE_CHECKING:
     from virnucpro_core.embedding.extraction import Extraction
@@ -207,6 +207,7 @@ def validate(ledger: Engine, work: Work, settings: Settings) -> Outcome:
     merged_paths = {Path(row.path).name: locate(row, settings) for row in made if row.kind == MERGED}
     exports = [as_written(row, settings) for row in made if row.kind == EXPORT]
     publications = []
+    reporter = Reporter(ledger, work, settings)
     submissions = in_transaction(ledger, submissions_of, work.job_id)
     for submission in submissions:
         manifest = write_manifest(
@@ -214,7 +215,7 @@ def validate(ledger: Engine, work: Work, settings: Settings) -> Outcome:
             in_transaction(ledger, describe_result, work, submission, exports),
         )
         artifacts.append(describe_file(manifest, MANIFEST, settings))
-        report = try_report(ledger, work, submission, artifacts, settings)
+        report = reporter.try_report(submission, artifacts)
         if report is not None:
             artifacts.append(describe_file(report, REPORT, settings))
         publications.append(

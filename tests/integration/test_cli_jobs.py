@@ -55,6 +55,22 @@ def run_extract(pipeline: Pipeline, job_id: int, *, failures: int) -> None:
     in_transaction(pipeline.ledger, run)
 
 
+def test_no_name_of_a_file_commands_the_terminal(
+    pipeline: Pipeline, virnucpro: Command, small_fasta: Path
+) -> None:
+    hostile = small_fasta.rename(small_fasta.with_name("a\x1b[2J\u202eb\x9b2J.fasta"))
+    escaped = "a\\x1b[2J\\u202eb\\x9b2J"
+    ended = [virnucpro("submit", hostile, "--model", MODEL), virnucpro("estimate", hostile)]
+    ended += [virnucpro("status", *options) for options in ([], [1], ["--watch"])]
+    ended += [virnucpro("explain", 1, 1), virnucpro("report", 1, "-o", f"{hostile}.html")]
+    hostile.rename(small_fasta)
+    ended.append(virnucpro("submit", hostile, "--model", MODEL))
+    assert [one.code for one in ended] == [0] * 7 + [3]
+    for one in ended:
+        assert escaped in one.out + one.err
+        assert (one.out + one.err).replace("\n", "").isprintable()
+
+
 def test_submitting_twice_registers_one_job(
     pipeline: Pipeline, virnucpro: Command, small_fasta: Path
 ) -> None:

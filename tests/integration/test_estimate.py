@@ -44,7 +44,7 @@ def history(pipeline: Pipeline, fasta: Path, host: str, seconds: float) -> int:
         for chunk in jobs.pending_chunks(tx, job):
             work = transitions.describe(tx, chunk)
             assert not isinstance(work, transitions.Declined)
-            execution = {"dtype": "float32", "hardware": f"the CPU of {host}"}
+            execution = {"dtype": "float32", "device": "cpu", "hardware": f"the CPU of {host}"}
             claimed = transitions.claim(tx, work, worker, execution_class=host, execution=execution)
             assert not isinstance(claimed, transitions.Declined)
             transitions.complete(tx, claimed, jobs.result_of(claimed))
@@ -87,6 +87,14 @@ def test_hours_are_those_of_each_host_and_class_that_has_run(
     other.write_text(">o\nMKVLAG\n")
     history(pipeline, other, "here", seconds=1)
 
+    def add_gpu(tx: Connection) -> None:
+        worker = jobs.start_worker(tx, "gpu0@here")
+        tx.execute(
+            text("UPDATE workers SET host = 'here', device = 'GPU-aaaa1111' WHERE id = :id"), {"id": worker}
+        )
+
+    in_transaction(pipeline.ledger, add_gpu)
+
     def estimate(*options: object) -> Any:
         return virnucpro("estimate", fasta, "--model", MODEL, "--json", *options).json()
 
@@ -94,7 +102,7 @@ def test_hours_are_those_of_each_host_and_class_that_has_run(
     by_host = {one["rate"]["host"]: one for one in told["durations"]}
     assert (by_host["gone"]["tokens_per_second"], by_host["here"]["tokens_per_second"]) == (50, 100)
     assert by_host["here"]["hours"] == pytest.approx(told["tokens"] / 100 / 3600)
-    assert by_host["here"]["hours_now"] == by_host["here"]["hours"], "one worker lives there"
+    assert by_host["here"]["hours_now"] == by_host["here"]["hours"], "one worker of the CPU lives there"
     assert by_host["gone"]["hours_now"] is None
     assert told["no_duration"] == ""
     text_form = virnucpro("estimate", fasta).out
@@ -134,6 +142,19 @@ def test_without_a_ledger_the_file_is_told_of_all_the_same(
     assert (ended.code, "there is no such file" in ended.err) == (3, True)
     assert "no database is named" in ended.out
     assert "tokens:           8" in ended.out
+
+
+def test_unknown_model_is_told_before_reading_if_named_and_is_no_history_if_set(
+    pipeline: Pipeline, virnucpro: Command, fasta: Path
+) -> None:
+    ended = virnucpro("estimate", fasta.with_name("never_read.fasta"), "--model", "tyni")
+    assert (ended.code, ended.out) == (4, "")
+    assert "no model is registered as 'tyni'" in ended.err
+    assert "there is no such file" not in ended.err
+    pipeline.configure(model="elsewhere")
+    told = virnucpro("estimate", fasta, "--json").json()
+    assert (told["files"][0]["chunks"], told["durations"]) == (pipeline.submit(fasta).chunks, [])
+    assert "no model is registered as 'elsewhere'" in told["no_duration"]
 
 
 def test_file_outside_the_roots_is_refused_as_it_would_be_later(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.jobs import cancel, resume
 from virnucpro_core.ledger.queries import artifacts_of
 from virnucpro_core.ledger.setbacks import attempts_on
-from workers.process import WorkerProcess
 
 if TYPE_CHECKING:
     from tests.fixtures_command import Completed
@@ -103,30 +102,19 @@ def test_setbacks_go_with_their_generation(tx: Connection) -> None:
     assert tx.execute(text("SELECT count(*) FROM setbacks")).scalar_one() == 0
 
 
-@pytest.fixture
-def run_chunks(pipeline: Pipeline) -> Iterator[Callable[[str], None]]:
-    """Runs all chunks of a stage that wait, in this process."""
-    processes: dict[str, WorkerProcess] = {}
-
-    def run(stage: str) -> None:
-        queue = "extract" if stage == "extract" else "finish"
-        if queue not in processes:
-            processes[queue] = WorkerProcess(pipeline.settings, node=f"{queue}@test", queue=queue)
-        for row in pipeline.rows("SELECT id FROM chunks WHERE stage = :stage ORDER BY id", stage=stage):
-            processes[queue].run(stage, row.id)
-        done = "SELECT 1 FROM chunks WHERE stage = :stage AND state <> 'done'"
-        pipeline.wait_until(lambda: not pipeline.rows(done, stage=stage))
-
-    yield run
-    for process in processes.values():
-        process.close()
-
-
 def test_story_of_a_record_from_the_queue_to_its_row(
-    pipeline: Pipeline, virnucpro: Command, small_fasta: Path, run_chunks: Callable[[str], None]
+    pipeline: Pipeline,
+    virnucpro: Command,
+    small_fasta: Path,
+    nucleotides: Path,
+    run_chunks: Callable[[str], None],
 ) -> None:
     pipeline.configure(export_rows=4)
-    job = pipeline.submit(small_fasta).job_id
+    job = pipeline.submit(small_fasta, nucleotides=nucleotides).job_id
+    wrong = nucleotides.with_name("wrong_DNABERT_S.pt")
+    entry = {"label": "x", "mean_representation": [0.0] * 768}
+    torch.save({"nucleotide": ["x"], "data": [entry]}, wrong)
+    pipeline.submit(small_fasta, nucleotides=wrong)
 
     def explain(record: object) -> Any:
         return virnucpro("explain", job, record, "--json").json()
@@ -158,10 +146,19 @@ def test_story_of_a_record_from_the_queue_to_its_row(
     ]
     assert story["in_input"] == {"id": "protein_6", "residues": 180, "computed": 180, "unknown": 0}
     assert (story["recipe"]["dtype"], story["execution"]["device"]) == ("float32", "cpu")
-    (place,) = story["places"]
+    place, merged, other = story["places"]
     assert (Path(place["path"]).name, place["row"]) == ("small_ESM.00002-of-00003.pt", 2)
     published = torch.load(pipeline.settings.output_root / place["path"], weights_only=True)
     assert published["proteins"][place["row"]] == "protein_6"
+    assert (Path(merged["path"]).name, Path(other["path"]).name) == (
+        "small_merged.pt",
+        Path(place["path"]).name,
+    )
+    published = torch.load(pipeline.settings.output_root / merged["path"], weights_only=True)
+    assert published["ids"][merged["row"]] == "protein_6"
+    (untold,) = story["untold"]
+    assert untold.startswith("its row in small_merged.pt: ")
+    assert "the two sides do not match" in untold
 
     told = virnucpro("explain", job, "digits").out
     assert "failed, invalid_residue: '1' at residue 4 is not an amino acid" in told
@@ -175,3 +172,45 @@ def test_story_of_a_record_from_the_queue_to_its_row(
     (story,) = explain("protein_6")
     assert (story["id"], story["record"], story["in_input"]) == ("protein_6", 8, None)
     assert "the input cannot be read" in story["untold"][0]
+
+
+def test_record_of_a_job_that_stopped_does_not_wait(
+    pipeline: Pipeline, virnucpro: Command, small_fasta: Path
+) -> None:
+    job = pipeline.submit(small_fasta).job_id
+
+    def outcome() -> str:
+        told: str = virnucpro("explain", job, 8, "--json").json()[0]["outcome"]
+        return told
+
+    assert outcome() == "waiting"
+    virnucpro("cancel", job)
+    assert outcome() == "stopped"
+    told = virnucpro("explain", job, 8).out
+    assert f"stopped: the job is cancelled; `virnucpro retry {job}` goes on with it" in told
+    virnucpro("retry", job)
+    assert outcome() == "waiting"
+    chunk = virnucpro("explain", job, 8, "--json").json()[0]["chunk"]["id"]
+
+    def fail(tx: Connection) -> None:
+        claimed = jobs.claim(tx, chunk, jobs.start_worker(tx))
+        transitions.fail(tx, claimed, "the input was replaced", max_attempts=4, permanent=True)
+
+    in_transaction(pipeline.ledger, fail)
+    assert outcome() == "stopped"
+    assert "the job is failed" in virnucpro("explain", job, 8).out
+
+
+def test_ids_that_look_like_numbers_are_found(pipeline: Pipeline, virnucpro: Command, tmp_path: Path) -> None:
+    fasta = tmp_path / "inbox" / "numbers.fasta"
+    fasta.write_text(">1000042\nMKVLAG\n>1\nMKVLAGI\n>x\nMKVLA\n")
+    job = pipeline.submit(fasta).job_id
+
+    def records(*arguments: object) -> list[int]:
+        return [one["record"] for one in virnucpro("explain", job, *arguments, "--json").json()]
+
+    assert records(1000042) == [1]
+    assert records(1) == [1]
+    assert records(1, "--id") == [2]
+    ended = virnucpro("explain", job, 3, "--id")
+    assert (ended.code, "no record with the id '3'" in ended.err) == (1, True)

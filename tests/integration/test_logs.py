@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from structlog.contextvars import merge_contextvars
+from structlog.testing import capture_logs
+from structlog.typing import EventDict
+
+from virnucpro_core.errors import ServiceError
+from workers.process import WorkerProcess
 
 if TYPE_CHECKING:
     from tests.fixtures_pipeline import Pipeline
@@ -16,6 +24,9 @@ pytest_plugins = ["tests.fixtures_pipeline"]
 
 IN_HAND = {"job", "chunk", "stage", "title", "attempt", "worker"}
 """What every line about a chunk names that a worker has claimed."""
+
+UNCLAIMED = {"model_loaded", "chunk_not_read_ahead"}
+"""What workers say of a chunk before anybody has claimed it."""
 
 
 def read_lines(pipeline: Pipeline, program: str) -> list[dict[str, Any]]:
@@ -59,14 +70,62 @@ def test_one_job_is_followed_by_its_id(pipeline: Pipeline, small_fasta: Path) ->
             assert line.keys() >= IN_HAND
             assert (line["attempt"], line["worker"], line["stage"]) == (1, chunk.worker_id, chunk.stage)
             assert line["title"].startswith(f"job {job} small: {chunk.stage} chunk {chunk.ordinal + 1} of ")
-    assert {"validated"} <= {line["event"] for line in done}
+    assert {"validated", "report_made"} <= {line["event"] for line in done}
 
     for line in told:
-        assert "chunk" not in line or line["job"] in (job, second, lost), line
-        if "attempt" in line:
-            assert line.keys() >= IN_HAND, line
+        if line.keys() & IN_HAND - {"worker"}:
+            named = IN_HAND - {"attempt"} if line["event"] in UNCLAIMED else IN_HAND
+            assert line.keys() >= named, line
+            assert line["job"] in (job, second, lost)
     (failed,) = (line for line in told if line["event"] == "chunk_failed")
     assert (failed["job"], failed["now"], failed["level"]) == (lost, "failed", "error")
     assert "the input cannot be read" in failed["error"]
     # Celery's own lines are of the same kind.
     assert any(line.get("logger", "").startswith("celery") for line in told)
+
+
+def test_what_goes_wrong_in_a_worker_is_told_with_its_ids(
+    pipeline: Pipeline, small_fasta: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the thread that computes, the one that reads ahead and the heartbeat."""
+    pipeline.configure(heartbeat_seconds=0.05)
+    job = pipeline.submit(small_fasta).job_id
+    first, second, third, *_ = (row.id for row in pipeline.rows("SELECT id FROM chunks ORDER BY id"))
+
+    def break_down(*_: object, **__: object) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    def lose_ledger(*_: object, **__: object) -> None:
+        raise ServiceError("the database is away")
+
+    with capture_logs((merge_contextvars,)) as lines, start_process(pipeline) as process:
+        worker = process.heartbeat.wait_for_worker()
+
+        def find(event: str) -> EventDict | None:
+            return next((line for line in lines if line["event"] == event), None)
+
+        monkeypatch.setattr("workers.reading.next_pending", break_down)
+        process.run("extract", first)
+        assert pipeline.wait_until(lambda: find("look_ahead_failed"))["worker"] == worker
+        monkeypatch.setattr("workers.reading.next_pending", lose_ledger)
+        process.run("extract", second)
+        assert pipeline.wait_until(lambda: find("look_ahead_stopped"))["worker"] == worker
+        with monkeypatch.context() as broken:
+            broken.setattr("workers.heartbeat.beat", lose_ledger)
+            assert pipeline.wait_until(lambda: find("heartbeat_missed"))["worker"] == worker
+        monkeypatch.setattr("workers.process.claim", break_down)
+        with pytest.raises(SystemExit):
+            process.run("extract", third)
+        given_up = find("process_given_up")
+    assert given_up is not None
+    assert given_up.keys() >= IN_HAND - {"attempt"}
+    assert (given_up["job"], given_up["chunk"], given_up["worker"]) == (job, third, worker)
+
+
+@contextmanager
+def start_process(pipeline: Pipeline) -> Iterator[WorkerProcess]:
+    process = WorkerProcess(pipeline.settings, node="extract@test", queue="extract")
+    try:
+        yield process
+    finally:
+        process.close()

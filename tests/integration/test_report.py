@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from virnucpro_core.htmlreport import contents
+from virnucpro_core.htmlreport.lengths import Lengths, survey_lengths
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.queries import submissions_of
 from virnucpro_core.ledger.work import job_folder
@@ -90,6 +92,35 @@ def test_job_ends_with_a_report_that_can_be_made_again(
     assert "The input cannot be read" in later
     assert 'id="lengths"' not in later
     assert 'id="projection"' in later
+    assert [text.count("coloured by length") + text.count("Colour is") for text in (page, later)] == [2, 0]
+
+
+def test_input_is_read_once_for_the_reports_of_all_submissions(
+    pipeline: Pipeline,
+    small_fasta: Path,
+    run_chunks: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[int] = []
+
+    def survey_and_count(chunks: Any, *args: Any, **options: Any) -> Lengths:
+        read.append(len(chunks))
+        return survey_lengths(chunks, *args, **options)
+
+    monkeypatch.setattr(contents, "survey_lengths", survey_and_count)
+    other = small_fasta.with_name("other.fasta")
+    other.write_bytes(small_fasta.read_bytes())
+    job_id = pipeline.submit(small_fasta).job_id
+    assert pipeline.submit(other).job_id == job_id
+    for stage in ("extract", "merge", "validate"):
+        run_chunks(stage)
+    job = pipeline.job(job_id)
+    assert (job.state, len(read)) == ("succeeded", 1)
+    for submission in in_transaction(pipeline.ledger, submissions_of, job_id):
+        folder = pipeline.settings.output_root / submission.folder(job.input_sha256, job.recipe_sha256)
+        page = (folder / f"{submission.stem}.report.html").read_text()
+        shown = [name for name in ("small_ESM.pt", "other_ESM.pt") if name in page]
+        assert shown == [f"{submission.stem}_ESM.pt"]
 
 
 def test_broken_report_fails_no_job(

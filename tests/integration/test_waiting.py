@@ -196,12 +196,14 @@ def test_trigger_outlives_cut_connections(ledger: Engine) -> None:
 def test_trigger_gives_up_on_a_ledger_that_stays_silent(
     ledger: Engine, settings_environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = enter_job(ledger)
-    wait = make_wait(job)
+    first, second = enter_job(ledger, "a"), enter_job(ledger, "b")
+    wait = make_wait(first, second)
     trigger = defer(wait, attempt())
     monkeypatch.setattr(waiting, "PATIENCE", 0.2)
     settings_environment(dag_database_url="postgresql://nobody:x@127.0.0.1:9/nothing")
-    asyncio.run(watch(trigger))
+    with capture_logs() as lines:
+        asyncio.run(watch(trigger))
+    assert {line["job"] for line in lines} == {first, second}, "each is found by its number"
     with pytest.raises(ServiceError, match="PostgreSQL cannot be used"):
         wait.resume_waiting(attempt(), None)
 

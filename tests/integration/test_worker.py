@@ -85,18 +85,6 @@ def long_fasta(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def nucleotides(tmp_path: Path) -> Path:
-    """A DNABERT-S file with one entry for each record of `small_fasta`, failures included."""
-    ids = [*IDS[:5], "empty", *IDS[5:], "digits"]
-    entries = [{"label": name, "mean_representation": [float(k)] * 768} for k, name in enumerate(ids)]
-    path = tmp_path / "inbox" / "small_DNABERT_S.pt"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as file:
-        torch.save({"nucleotide": ids, "data": entries}, file)
-    return path
-
-
 def test_forced_generation_replaces_the_result_and_merges_nucleotides(
     pipeline: Pipeline, small_fasta: Path, nucleotides: Path
 ) -> None:

@@ -8,10 +8,14 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import text
+import structlog
+from sqlalchemy import Connection, text
 
 from tests import ledger_jobs
 from virnucpro_core.ledger.database import in_transaction
+from virnucpro_core.ledger.jobs import begin_generation, cancel
+from virnucpro_core.ledger.queries import chunk_ranges
+from virnucpro_core.ledger.tallies import read_tallies
 from virnucpro_core.ledger.work import Work
 from workers.process import WorkerProcess
 from workers.reaper import reap
@@ -229,21 +233,47 @@ def test_record_that_killed_alone_is_a_failure(
     assert artifact.rows == 0
 
 
-def test_result_that_comes_too_late_is_dropped_and_counted(
-    pipeline: Pipeline, small_fasta: Path, start: Callable[[], WorkerProcess], monkeypatch: pytest.MonkeyPatch
+def steal(tx: Connection, work: Work) -> None:
+    """As if the lease had run out and another worker had claimed the chunk."""
+    thief = ledger_jobs.start_worker(tx, "thief@test")
+    tx.execute(
+        text("UPDATE chunks SET worker_id = :thief, lease_token = nextval('lease_tokens') WHERE id = :chunk"),
+        {"thief": thief, "chunk": work.chunk_id},
+    )
+
+
+def cancel_job(tx: Connection, work: Work) -> None:
+    cancel(tx, work.job_id, by="a person")
+
+
+def force_job(tx: Connection, work: Work) -> None:
+    begin_generation(tx, work.job_id, chunk_ranges(tx, work.job_id))
+
+
+@pytest.mark.parametrize(("lose", "counted"), [(steal, 1.0), (cancel_job, 0.0), (force_job, 0.0)])
+def test_result_that_comes_too_late_is_dropped_and_counted_if_another_has_its_chunk(
+    lose: Callable[[Connection, Work], None],
+    counted: float,
+    pipeline: Pipeline,
+    small_fasta: Path,
+    start: Callable[[], WorkerProcess],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first, *_ = submit(pipeline, small_fasta)
-    steal = text("UPDATE chunks SET lease_token = nextval('lease_tokens') WHERE id = :chunk")
 
     def lose_the_lease(work: Work, *arguments: Any) -> Any:
-        in_transaction(pipeline.ledger, lambda tx: tx.execute(steal, {"chunk": work.chunk_id}))
+        in_transaction(pipeline.ledger, lose, work)
         return keep_extraction(work, *arguments)
 
     monkeypatch.setattr("workers.process.keep_extraction", lose_the_lease)
-    start().run("extract", first)
-    tallies = pipeline.wait_until(lambda: pipeline.rows("SELECT stage, name, value FROM tallies"))
-    assert tallies == [("extract", "duplicates", 1.0)]
-    assert chunk_row(pipeline, first).state == "running"
+    process = start()
+    with structlog.testing.capture_logs() as logs:
+        process.run("extract", first)
+        process.close()
+    (dropped,) = (line for line in logs if line["event"] == "result_dropped")
+    assert dropped["duplicate"] is bool(counted)
+    tallies = in_transaction(pipeline.ledger, read_tallies)
+    assert (tallies.total("duplicates"), tallies.total("sequences")) == (counted, 0)
 
 
 def test_work_is_tallied_as_it_was_done(

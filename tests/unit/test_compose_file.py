@@ -104,6 +104,22 @@ def test_each_gpu_has_a_service_a_profile_and_a_variable(file: dict[str, Any]) -
         }
 
 
+def test_ledger_knows_each_worker_by_a_name_that_stays(file: dict[str, Any]) -> None:
+    """A container's id is another after each `up`; a health check is about the nodes of one host name."""
+    workers = {
+        name: service for name, service in file["services"].items() if "worker" in service.get("command", [])
+    }
+    names = [service["hostname"] for service in workers.values()]
+    assert len(set(names)) == len(workers) == 10
+    assert all(name.startswith("${WORKER_HOST:-main}-") for name in names)
+    there = yaml.safe_load((PROJECT / "deploy" / "gpu-host.yml").read_text())["services"]
+    elsewhere = {name: service["hostname"] for name, service in there.items() if "hostname" in service}
+    assert set(elsewhere) == set(workers) - {"finish"}
+    for name, hostname in elsewhere.items():
+        own = re.sub(r"\$\{WORKER_HOST:\?[^}]+\}", "${WORKER_HOST:-main}", hostname)
+        assert own == workers[name]["hostname"], "no default: it would be the main host's"
+
+
 def test_who_gets_which_secret(file: dict[str, Any]) -> None:
     """A role's URL is where the role works, and nowhere else."""
     holders: dict[str, set[str]] = {}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pynvml
 import pytest
 
-from virnucpro_core.gpus import MASK, Gpu, GpuMeter, GpuUse, apply_mask, list_gpus
+from virnucpro_core.gpus import AGAIN_SECONDS, MASK, Gpu, GpuMeter, GpuUse, apply_mask, list_gpus
 from virnucpro_core.stack.composition import choose_gpus
 
 pytestmark = pytest.mark.unit
@@ -110,12 +111,29 @@ def test_meter_of_an_instance_knows_its_memory_alone(
     assert GpuMeter("MIG-cccc3331").read() == GpuUse(None, 40 << 30, 139 << 30)
 
 
-def test_meter_that_fails_is_not_asked_again(driver: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A heartbeat must not stumble over a driver."""
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", raising(pynvml.NVML_ERROR_GPU_IS_LOST))
+@pytest.mark.parametrize("code", [pynvml.NVML_ERROR_UNKNOWN, pynvml.NVML_ERROR_NO_DATA])
+def test_memory_is_told_whatever_prevents_the_utilization(
+    code: int, driver: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", raising(code))
+    assert GpuMeter("GPU-aaaa1111").read() == GpuUse(None, 40 << 30, 139 << 30)
+
+
+def test_meter_that_fails_is_asked_again_after_a_while(
+    driver: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A heartbeat must not stumble over a driver, nor forget a GPU because of one error."""
+    clock = SimpleNamespace(monotonic=lambda: 1000.0)
+    monkeypatch.setattr("virnucpro_core.gpus.time", clock)
     meter = GpuMeter("GPU-aaaa1111")
-    assert [meter.read() for _ in range(3)] == [None] * 3
-    assert driver["nvmlDeviceGetHandleByUUID"] == 1
+    with monkeypatch.context() as broken:
+        broken.setattr(pynvml, "nvmlDeviceGetMemoryInfo", raising(pynvml.NVML_ERROR_TIMEOUT))
+        assert [meter.read() for _ in range(3)] == [None] * 3
+        assert driver["nvmlDeviceGetHandleByUUID"] == 1
+    assert meter.read() is None
+    clock.monotonic = lambda: 1000.0 + AGAIN_SECONDS
+    assert meter.read() == GpuUse(0.93, 40 << 30, 139 << 30)
+    assert driver["nvmlDeviceGetHandleByUUID"] == 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "0", ""])

@@ -21,7 +21,7 @@ from tests.fasta_files import messy_fasta, read_naively
 from tests.report_contents import FakeMatrix, contents_of, matrix_of, run_of
 from virnucpro_core.errors import ServiceError
 from virnucpro_core.features.matrices import Matrix
-from virnucpro_core.htmlreport import files
+from virnucpro_core.htmlreport import contents
 from virnucpro_core.htmlreport.lengths import count_residues, survey_lengths
 from virnucpro_core.htmlreport.page import render
 from virnucpro_core.htmlreport.sampling import SAMPLE_ROWS, draw_rows, project, take_sample
@@ -210,19 +210,22 @@ def test_records_that_are_all_alike_have_a_page() -> None:
     same = cast("Matrix", FakeMatrix(np.arange(1, 6), np.ones((5, 8), dtype=np.float32)))
     page = render(contents_of(sample=take_sample(same), lengths=None))
     assert len(pictures(page)) == 3
+    assert "colour" not in page.lower(), "without lengths all points are alike"
+    assert "Colour is the length" in render(contents_of())
 
 
 def try_report(tmp_path: Path) -> object:
     work = cast("Work", SimpleNamespace(job_id=1, artifact_folder=lambda: "jobs/1"))
     submission = contents_of().submission
-    return reporting.try_report(cast("Engine", None), work, submission, [], Settings(output_root=tmp_path))
+    reporter = reporting.Reporter(cast("Engine", None), work, Settings(output_root=tmp_path))
+    return reporter.try_report(submission, [])
 
 
 def test_report_that_breaks_is_logged_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def break_down(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a mistake of ours")
 
-    monkeypatch.setattr(files, "write_report", break_down)
+    monkeypatch.setattr(contents, "gather", break_down)
     with structlog.testing.capture_logs() as logs:
         assert try_report(tmp_path) is None
     assert [(line["event"], line["log_level"]) for line in logs] == [("report_not_made", "error")]
@@ -234,6 +237,6 @@ def test_report_does_not_hide_that_the_ledger_is_away(
     def lose_ledger(*_: object, **__: object) -> None:
         raise ServiceError("the database is away")
 
-    monkeypatch.setattr(files, "write_report", lose_ledger)
+    monkeypatch.setattr(contents, "gather", lose_ledger)
     with pytest.raises(ServiceError):
         try_report(tmp_path)

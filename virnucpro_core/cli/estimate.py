@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +20,7 @@ from virnucpro_core.cli.output import (
     print_note,
     show_progress,
 )
-from virnucpro_core.errors import InputError, ServiceError, SettingsError
+from virnucpro_core.errors import InputError, ServiceError, SettingsError, WeightsError
 from virnucpro_core.settings import load_settings
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def estimate(
     from virnucpro_core.estimates import estimate_file, free_bytes, total_disk
 
     settings = load_settings()
+    if model is not None:
+        check_model(model)
     found: list[FileEstimate] = []
     errors: list[InputError] = []
     for file in files:
@@ -89,14 +92,25 @@ def estimate(
         raise typer.Exit(max(error.exit_code for error in errors))
 
 
+def check_model(model: str) -> None:
+    """Refuse a model's name that is wrong before files are read, which takes long.
+
+    Raises:
+        WeightsError: the ledger has no model of that name.
+    """
+    from virnucpro_core.ledger.database import in_transaction
+    from virnucpro_core.ledger.registration import recipe_for
+
+    settings = load_settings()
+    # A ledger that cannot be asked is told of when the files have been read.
+    with suppress(SettingsError, ServiceError), connect() as ledger:
+        in_transaction(ledger, recipe_for, model, dtype=settings.dtype, residues=settings.residues)
+
+
 def ask_ledger(
     found: list[FileEstimate], model: str | None
 ) -> tuple[dict[str, KnownJob], list[Duration], str]:
-    """What earlier jobs tell: the files' own, by sha256, and rates; or why there are no rates.
-
-    Raises:
-        WeightsError: no model has that name.
-    """
+    """What earlier jobs tell: the files' own, by sha256, and rates; or why there are no rates."""
     from virnucpro_core.estimates import find_durations, find_known_job
     from virnucpro_core.ledger.database import in_transaction
 
@@ -113,7 +127,7 @@ def ask_ledger(
             if not tokens:
                 return jobs, [], "none: there is nothing left to compute"
             durations = in_transaction(ledger, find_durations, settings, tokens, model)
-    except (SettingsError, ServiceError) as error:
+    except (SettingsError, ServiceError, WeightsError) as error:
         return {}, [], f"unknown: there is no history to go by: {error}"
     named = f"with {model} " if model else ""
     missing = (
@@ -170,7 +184,7 @@ def print_durations(durations: list[Duration], missing: str) -> None:
     for duration in durations:
         rate = duration.rate
         now = (
-            f", {format_hours(duration.hours_now)} on the {rate.workers_now} that live there now"
+            f", {format_hours(duration.hours_now)} on the {rate.workers_now} of its kind that live there now"
             if duration.hours_now is not None
             else ""
         )

@@ -44,19 +44,23 @@ def explain(
             metavar="RECORD", help="The record's number, as `virnucpro failures` lists it, or its id."
         ),
     ],
+    is_id: Annotated[
+        bool, typer.Option("--id", help="RECORD is an id, even if it looks like a number.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell what became of one record: its chunk, the attempts, the workers, its failure or row, the recipe.
 
-    Digits are a number; anything else is an id. Records that share an id are all told of, up to 20. What is told
-    is of the job's current generation; a claim that a worker declined is no attempt and is not kept.
+    Digits are a number if the job has that many records, anything else is an id. Records that share an id are all
+    told of, up to 20. What is told is of the job's current generation; a claim that a worker declined is no attempt
+    and is not kept.
     """
     from virnucpro_core.records import find_records
     from virnucpro_core.stories import tell_story
 
     settings = load_settings()
     with connect() as ledger:
-        found = find_records(ledger, settings, job, record)
+        found = find_records(ledger, settings, job, record, as_id=is_id)
         stories = [tell_story(ledger, settings, job, number) for number in found[:MOST_STORIES]]
     if as_json:
         print_json([asdict(story) for story in stories])
@@ -107,6 +111,8 @@ def print_story(story: RecordStory) -> None:
 def describe_outcome(story: RecordStory) -> str:
     if story.failure is not None:
         return f"failed, {story.failure.reason}: {story.failure.detail}"
+    if story.outcome == "stopped":
+        return f"stopped: the job is {story.job_state}; `virnucpro retry {story.job}` goes on with it"
     return story.outcome
 
 

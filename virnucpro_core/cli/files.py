@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from virnucpro_core.cli.output import AsJson, format_counts, print_facts, print_json, show_progress
+from virnucpro_core.cli.output import (
+    AsJson,
+    format_counts,
+    print_facts,
+    print_json,
+    print_line,
+    show_progress,
+)
 from virnucpro_core.cli.weights import DeviceOption, DtypeOption, ModelOption, RevisionOption
 from virnucpro_core.errors import ArtifactError
 from virnucpro_core.recipe import ResiduePolicy
@@ -118,7 +125,7 @@ def validate(
         print_json(verdicts)
     else:
         for verdict in verdicts:
-            print(f"[{'PASS' if verdict['passed'] else 'FAIL'}] {verdict['path']}: {summarise(verdict)}")
+            print_line(f"[{'PASS' if verdict['passed'] else 'FAIL'}] {verdict['path']}: {summarise(verdict)}")
     if not all(verdict["passed"] for verdict in verdicts):
         raise typer.Exit(ArtifactError.exit_code)
 

@@ -17,6 +17,7 @@ from virnucpro_core.cli.output import (
     format_counts,
     print_facts,
     print_json,
+    print_line,
     print_note,
     print_table,
     show_progress,
@@ -143,11 +144,12 @@ def report(
     (the input, the embeddings), or is not there yet, is left out, and the page says so.
     """
     check_writable(out)
+    from virnucpro_core.htmlreport.contents import gather
     from virnucpro_core.htmlreport.files import write_report
 
     with connect() as ledger, show_progress((f"reading the input of job {job}", None)) as (bar,):
-        written = write_report(out, ledger, load_settings(), job, on_progress=bar.set)
-    print(f"job {job}: {out}, {written.bytes:,} bytes")
+        written = write_report(out, gather(ledger, load_settings(), job, on_progress=bar.set))
+    print_line(f"job {job}: {out}, {written.bytes:,} bytes")
 
 
 def retry(
@@ -201,7 +203,7 @@ def verify(job: JobArgument, as_json: AsJson = False) -> None:
         print_json({"passed": verification.passed, **asdict(verification)})
     else:
         for fault in verification.faults:
-            print(f"{fault.path}: {fault.what}")
+            print_line(f"{fault.path}: {fault.what}")
         outcome = (
             "are as recorded"
             if verification.passed

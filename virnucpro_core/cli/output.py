@@ -35,6 +35,16 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, default=_encode))
 
 
+def escape(text: str) -> str:
+    """The text without anything that a terminal would obey: names of files may hold any character."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_line(text: str) -> None:
+    """Print one line for a person."""
+    print(escape(text))
+
+
 def print_facts(facts: Mapping[str, object]) -> None:
     """Print `name: value` lines, aligned; a value of None or "" is left out."""
     width = max(map(len, facts), default=0) + 2
@@ -60,7 +70,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
 
 
 def format_value(value: object) -> str:
-    """A value as a person reads it."""
+    """A value as a person reads it, on one line."""
     match value:
         case None:
             return ""
@@ -73,7 +83,7 @@ def format_value(value: object) -> str:
         case datetime():
             return value.astimezone().strftime("%Y-%m-%d %H:%M:%S")
         case _:
-            return str(value)
+            return escape(str(value))
 
 
 def format_counts(counts: Mapping[str, int]) -> str:
@@ -83,17 +93,17 @@ def format_counts(counts: Mapping[str, int]) -> str:
 
 def print_error(error: VirnucproError) -> None:
     """Say on stderr what happened, where, and what to do about it."""
-    lines = Text.assemble(("error", "bold red"), f": {error.what}")
+    lines = Text.assemble(("error", "bold red"), f": {escape(error.what)}")
     if error.where:
-        lines.append(f"\n  where: {error.where}")
+        lines.append(f"\n  where: {escape(error.where)}")
     if error.todo:
-        lines.append(f"\n  to do: {error.todo}")
+        lines.append(f"\n  to do: {escape(error.todo)}")
     Console(stderr=True).print(lines, soft_wrap=True)
 
 
 def print_note(text: str) -> None:
     """Say on stderr what a person should know and a script need not read."""
-    print(text, file=sys.stderr)
+    print(escape(text), file=sys.stderr)
 
 
 class Bar:
@@ -101,7 +111,7 @@ class Bar:
 
     def __init__(self, progress: Progress, description: str, total: float | None) -> None:
         self._progress = progress
-        self._task = progress.add_task(description, total=total)
+        self._task = progress.add_task(escape(description), total=total)
 
     def advance(self, steps: int) -> None:
         """Move the bar by so many steps."""

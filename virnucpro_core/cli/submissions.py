@@ -12,7 +12,7 @@ import typer
 
 from virnucpro_core.cli.connections import connect, name_person
 from virnucpro_core.cli.jobs import PANEL, print_report
-from virnucpro_core.cli.output import AsJson, print_error, print_json, print_note, show_progress
+from virnucpro_core.cli.output import AsJson, print_error, print_json, print_line, print_note, show_progress
 from virnucpro_core.errors import InputError, JobError
 from virnucpro_core.settings import load_settings
 
@@ -106,7 +106,7 @@ def submit(
     else:
         for file, report in reports.items():
             known = "registered" if jobs[file].created else "known already"
-            print(f"{file}: job {report.job}, {known}, {report.state}, generation {report.generation}")
+            print_line(f"{file}: job {report.job}, {known}, {report.state}, generation {report.generation}")
     codes = [error.exit_code for error in errors]
     if wait:
         share = load_settings().max_failed_share if max_failed_share is None else max_failed_share

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from virnucpro_core.cli.connections import connect
-from virnucpro_core.cli.output import AsJson, print_facts, print_json, print_note, print_table
+from virnucpro_core.cli.output import AsJson, print_facts, print_json, print_line, print_note, print_table
 from virnucpro_core.errors import VirnucproError, WeightsError
 from virnucpro_core.recipe import Dtype
 from virnucpro_core.settings import load_settings
@@ -183,7 +183,7 @@ def selftest(
         print_json(verdict.to_json())
     else:
         for check in verdict.checks:
-            print(f"[{'PASS' if check.passed else 'FAIL'}] {check.name}: {check.detail}")
+            print_line(f"[{'PASS' if check.passed else 'FAIL'}] {check.name}: {check.detail}")
     try:
         keep_verdict(checkpoint, verdict)
     except VirnucproError as error:

@@ -93,40 +93,63 @@ class Told:
     first_failures: list[Failure]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered:
+    """What the reports of a job's submissions have in common, and what takes long to gather.
+
+    Attributes:
+        lengths, speed, sample, missing: as in `Contents`.
+    """
+
+    told: Told
+    lengths: Lengths | None
+    speed: Speed | None
+    sample: Sample | None
+    missing: list[str]
+
+    def contents_for(
+        self, submission_id: int | None = None, artifacts: Iterable[NewArtifact] = ()
+    ) -> Contents:
+        """What one submission's report tells.
+
+        Args:
+            submission_id: whose report it is; by default the first one's.
+            artifacts: files that the ledger does not know yet.
+
+        Raises:
+            JobError: the job has no such submission.
+        """
+        submission = choose_submission(self.told, submission_id)
+        return Contents(
+            job=self.told.job,
+            submission=submission,
+            failures=self.told.failures,
+            first_failures=self.told.first_failures,
+            lengths=self.lengths,
+            speed=self.speed,
+            sample=self.sample,
+            files=name_files([*self.told.artifacts, *artifacts], submission),
+            missing=self.missing,
+        )
+
+
 def gather(
-    ledger: Engine,
-    settings: Settings,
-    job_id: int,
-    submission_id: int | None = None,
-    *,
-    artifacts: Iterable[NewArtifact] = (),
-    on_progress: OnProgress | None = None,
-) -> Contents:
-    """Gathers what a report tells.
+    ledger: Engine, settings: Settings, job_id: int, *, on_progress: OnProgress | None = None
+) -> Gathered:
+    """Reads a job's input, once, and samples its matrix.
 
     Args:
-        submission_id: whose report it is; by default the first one's.
-        artifacts: files that the ledger does not know yet.
         on_progress: called with the records of the input read so far, and with all there are.
 
     Raises:
-        JobError: there is no such job, or it has no such submission.
+        JobError: there is no such job.
     """
     told = in_transaction(ledger, ask_ledger, job_id)
-    submission = choose_submission(told, submission_id)
     missing: list[str] = []
     sample = sample_rows(told, settings, missing)
     lengths = measure_lengths(told, sample, settings, missing, on_progress)
-    return Contents(
-        job=told.job,
-        submission=submission,
-        failures=told.failures,
-        first_failures=told.first_failures,
-        lengths=lengths,
-        speed=measure_speed(told.runs),
-        sample=sample,
-        files=name_files([*told.artifacts, *artifacts], submission),
-        missing=missing,
+    return Gathered(
+        told=told, lengths=lengths, speed=measure_speed(told.runs), sample=sample, missing=missing
     )
 
 

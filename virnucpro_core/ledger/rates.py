@@ -17,7 +17,8 @@ class Rate:
 
     Attributes:
         chunks, tokens, seconds: computed, and the seconds of computing that they took, summed over workers.
-        workers_now: workers of that host that live now and take extract chunks.
+        workers_now: workers of that host that live now and take extract chunks, on the CPU if that is the class's
+            device, else on GPUs.
         newest_at: when the newest of these chunks was done.
     """
 
@@ -50,6 +51,7 @@ def rates_of(tx: Connection, *, dtype: Dtype, model: str | None = None) -> list[
                    sum(c.tokens)::bigint AS tokens, sum(c.seconds) AS seconds, max(c.finished_at) AS newest_at,
                    (SELECT count(*) FROM workers l
                      WHERE l.state = 'live' AND l.host = w.host
+                       AND (l.device = 'cpu') = (j.execution ->> 'device' = 'cpu')
                        AND 'extract' = ANY(string_to_array(l.queue, ','))) AS workers_now
               FROM chunks c JOIN jobs j ON j.id = c.job_id JOIN workers w ON w.id = c.worker_id
              WHERE c.stage = 'extract' AND c.state = 'done' AND c.tokens > 0 AND c.seconds > 0

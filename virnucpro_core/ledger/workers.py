@@ -11,7 +11,9 @@ from sqlalchemy import Connection, Row, text
 from virnucpro_core.gpus import GpuUse
 from virnucpro_core.ledger.setbacks import SetbackKind, note_setbacks
 from virnucpro_core.ledger.suspects import note_death
+from virnucpro_core.ledger.tallies import count_duplicate
 from virnucpro_core.ledger.transitions import enqueue, lock_job
+from virnucpro_core.ledger.work import Claim
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,3 +192,20 @@ def lock_held(tx: Connection, worker_id: int) -> Iterator[Row[Any]]:
         ).one_or_none()
         if still is not None:
             yield still
+
+
+def count_if_duplicate(tx: Connection, claim: Claim) -> bool:
+    """Count a dropped result if its chunk is, or was since, in somebody else's hands.
+
+    It is not if a person ended the job or forced it anew.
+    """
+    passed_on: bool = tx.execute(
+        text("""
+            SELECT EXISTS (SELECT 1 FROM chunks
+                            WHERE id = :chunk AND (worker_id <> :worker OR lease_token <> :token))
+        """),
+        {"chunk": claim.work.chunk_id, "worker": claim.worker_id, "token": claim.token},
+    ).scalar_one()
+    if passed_on:
+        count_duplicate(tx, claim)
+    return passed_on
