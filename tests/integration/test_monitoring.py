@@ -133,5 +133,5 @@ def test_each_rule_fires_when_it_should_and_only_then() -> None:
 def test_every_rule_has_a_test() -> None:
     rules, tests = ((RULES / name).read_text() for name in ("rules.yml", "rules_test.yml"))
     alerts = [line.split()[-1] for line in rules.splitlines() if "alert: " in line]
-    assert len(alerts) == 15
+    assert alerts
     assert [alert for alert in alerts if alert not in tests] == []
