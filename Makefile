@@ -73,7 +73,7 @@ test-system: $(INSTALLED)
 	$(BIN)/pytest -m system
 
 screenshots: $(INSTALLED)
-	SCREENSHOTS=docs/screenshots $(BIN)/pytest -m system -k browser
+	SCREENSHOTS=docs/screenshots $(BIN)/pytest --basetemp=/tmp/virnucpro-pictures -m system -k browser
 
 # Needs no .venv: a host that only runs containers has none.
 secrets:

@@ -31,7 +31,6 @@ def test_report_opens_without_a_network(browser: Browser, tmp_path: Path, rows: 
     browser.see("<script>", "#failures")  # as text
     assert browser.driver.execute_script("return document.scripts.length") == 0
     assert "VirNucPro" in browser.driver.title
-    browser.picture(f"report-{rows}")
 
     browser.read_logs()
     # "chrome" are those of the empty window that the browser begins with.
