@@ -88,14 +88,15 @@ def test_files_are_told_in_order_with_jobs_refusals_and_failed_tasks(
     tell("register", 3, state="up_for_retry")
     html, rows, seconds = read_tab(visit, run_id)
     assert [row[:3] for row in rows] == [
-        [str(done), "/in/a.fasta", "succeeded"],
-        [str(shared), "/in/b.fasta", "running"],
-        [str(shared), "/in/equal.fasta", "running"],
-        ["", "/in/bad.fasta", "refused line 2 is no header"],
-        ["", "/in/&lt;b&gt;.fasta", "not registered Its task says why."],
-        ["", "/in/late.fasta", "not registered yet"],
+        [str(done), "a.fasta", "succeeded"],
+        [str(shared), "b.fasta", "running"],
+        [str(shared), "equal.fasta", "running"],
+        ["", "bad.fasta", "refused line 2 is no header"],
+        ["", "&lt;b&gt;.fasta", "not registered Its task says why."],
+        ["", "late.fasta", "not registered yet"],
     ]
     assert f'href="/dags/{DAG_ID}/runs/{run_id}/tasks/register/mapped/2"' in html
+    assert 'title="/in/&lt;b&gt;.fasta"' in html
     assert seconds == 2
 
 
@@ -103,9 +104,9 @@ def test_a_night_whose_one_file_is_bad_names_it(
     ledger: Engine, visit: Visit, run_id: str, tell: Tell
 ) -> None:
     tell("find_files", returned=[["/in/bad.fasta"]])
-    assert read_tab(visit, run_id)[1:] == ([["", "/in/bad.fasta", "not registered yet"]], 2)
+    assert read_tab(visit, run_id)[1:] == ([["", "bad.fasta", "not registered yet"]], 2)
     tell("register", 0, state="failed")
-    assert read_tab(visit, run_id)[1:] == ([["", "/in/bad.fasta", "not registered Its task says why."]], 10)
+    assert read_tab(visit, run_id)[1:] == ([["", "bad.fasta", "not registered Its task says why."]], 10)
 
 
 def test_an_empty_inbox_is_told_from_one_that_was_not_looked_at(
