@@ -1,4 +1,4 @@
-"""What the pipeline is watched by: setbacks, tallies, what a GPU does, and counts that a view would have to add up.
+"""What the pipeline is watched by: setbacks, tallies, what a GPU does, and since when a job is in its stage.
 
 Revision ID: 0002
 Revises: 0001
@@ -33,38 +33,38 @@ NOW = sa.text("now()")
 TIME = postgresql.TIMESTAMP(timezone=True)
 WORKER_STATES = "ck_workers_state_known"
 
-# Indexes of chunks that views look for: columns, and which chunks.
-CHUNK_INDEXES = {
-    "ix_chunks_failed": (["job_id"], "state = 'failed'"),
-    "ix_chunks_done_by": (["worker_id", "finished_at"], "state = 'done' AND stage = 'extract'"),
-    "ix_chunks_done": (["job_id", "finished_at", "id"], "state = 'done' AND stage = 'extract'"),
-    "ix_chunks_with_failures": (["finished_at"], "stage = 'extract' AND failed > 0"),
-    "ix_chunks_set_back": (["job_id"], "state = 'pending' AND error IS NOT NULL"),
-}
-
 
 def upgrade() -> None:
+    # For a while 0001 made all of this itself: a ledger of that time has it already.
+    if sa.inspect(op.get_bind()).has_table("tallies"):
+        return
     alter_workers()
     make_tallies()
     make_setbacks()
-    alter_jobs()
-    for name, (columns, chunks) in CHUNK_INDEXES.items():
-        op.create_index(name, "chunks", columns, unique=False, postgresql_where=sa.text(chunks))
+    op.add_column("jobs", sa.Column("stage_since", TIME, server_default=NOW, nullable=False))
     op.create_index(
-        "ix_failures_reason", "failures", ["job_id", "generation", "reason", "record"], unique=False
+        "ix_chunks_failed", "chunks", ["job_id"], unique=False, postgresql_where=sa.text("state = 'failed'")
     )
-    op.add_column("outbox", sa.Column("since", TIME, server_default=NOW, nullable=False))
-    op.execute("UPDATE outbox SET since = due_at")
-    op.create_index("ix_outbox_since", "outbox", ["queue", "since"], unique=False)
+    op.create_index(
+        "ix_chunks_done_by",
+        "chunks",
+        ["worker_id", "finished_at"],
+        unique=False,
+        postgresql_where=sa.text("state = 'done' AND stage = 'extract'"),
+    )
+    index_delayed(["queue", "due_at"])
+    grant(GRANTS)
+
+
+def index_delayed(columns: list[str]) -> None:
     op.drop_index("ix_outbox_delayed", table_name="outbox")
     op.create_index(
         "ix_outbox_delayed",
         "outbox",
-        ["queue", "due_at"],
+        columns,
         unique=False,
         postgresql_where=sa.text("published_at IS NULL"),
     )
-    grant(GRANTS)
 
 
 def alter_workers() -> None:
@@ -123,34 +123,11 @@ def make_setbacks() -> None:
     )
 
 
-def alter_jobs() -> None:
-    op.add_column("jobs", sa.Column("stage_since", TIME, server_default=NOW, nullable=False))
-    op.add_column("jobs", sa.Column("residues_done", sa.BigInteger(), server_default="0", nullable=False))
-    op.add_column("jobs", sa.Column("times_failed", sa.BigInteger(), server_default="0", nullable=False))
-    op.execute("""
-        UPDATE jobs j SET residues_done = done.residues
-          FROM (SELECT job_id, sum(residues) AS residues FROM chunks
-                 WHERE stage = 'extract' AND state = 'done' GROUP BY job_id) done
-         WHERE done.job_id = j.id
-    """)
-
-
 def downgrade() -> None:
-    op.drop_index("ix_outbox_delayed", table_name="outbox")
-    op.create_index(
-        "ix_outbox_delayed",
-        "outbox",
-        ["due_at"],
-        unique=False,
-        postgresql_where=sa.text("published_at IS NULL"),
-    )
-    op.drop_index("ix_outbox_since", table_name="outbox")
-    op.drop_column("outbox", "since")
-    op.drop_index("ix_failures_reason", table_name="failures")
-    for name in CHUNK_INDEXES:
-        op.drop_index(name, table_name="chunks")
-    for name in ("times_failed", "residues_done", "stage_since"):
-        op.drop_column("jobs", name)
+    index_delayed(["due_at"])
+    op.drop_index("ix_chunks_done_by", table_name="chunks")
+    op.drop_index("ix_chunks_failed", table_name="chunks")
+    op.drop_column("jobs", "stage_since")
     op.drop_table("setbacks")
     op.drop_table("tallies")
     op.drop_constraint(op.f(WORKER_STATES), "workers", type_="check")

@@ -89,9 +89,13 @@ OLD = """
 """
 
 
-def test_a_ledger_of_the_first_version_is_upgraded_in_mid_job(database_urls: LedgerUrls) -> None:
-    """Rows as that version wrote them; each role goes on with them."""
-    command.upgrade(alembic_config(database_urls["owner"]), "0001")
+@pytest.mark.parametrize("made_by_0001", ["0001", "0002"])
+def test_a_ledger_of_an_earlier_version_is_upgraded_in_mid_job(
+    database_urls: LedgerUrls, made_by_0001: str
+) -> None:
+    """Rows as that version wrote them; each role goes on with them. For a while 0001 made what 0002 does, too."""
+    command.upgrade(alembic_config(database_urls["owner"]), made_by_0001)
+    command.stamp(alembic_config(database_urls["owner"]), "0001")
     engines = {role: open_ledger(url) for role, url in database_urls.items()}
     values = {
         "weights": jobs.WEIGHTS,
