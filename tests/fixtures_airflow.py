@@ -66,7 +66,7 @@ class House:
             state = str(ask(self.airflow, "GET", f"{DAG}/dagRuns/{run}")["state"])
             return state if state in DONE else None
 
-        return str(wait_until(state))
+        return str(wait_until(state, lambda: self.states(run)))
 
     def run(self, *files: Path, **form: Any) -> str:
         """Trigger a run that must succeed; returns its id."""
@@ -87,7 +87,7 @@ class House:
             reached = task is not None and (task["state"], task["try_number"]) == (state, attempt)
             return task if reached else None
 
-        found: dict[str, Any] = wait_until(task)
+        found: dict[str, Any] = wait_until(task, lambda: self.states(run))
         return found
 
     def clear(self, run: str, task_id: str) -> None:
@@ -176,11 +176,11 @@ class House:
             os.kill(relay, signal.SIGCONT)
 
 
-def wait_until(condition: Condition) -> Any:
-    """Wait for what another process does; returns the first true value of the condition."""
+def wait_until(condition: Condition, told: Condition | None = None) -> Any:
+    """Wait for what another process does; returns the condition's first true value. `told` explains a failure."""
     deadline = time.monotonic() + SECONDS
     while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, f"it did not happen in time: {told() if told else condition}"
         time.sleep(0.3)
     return value
 

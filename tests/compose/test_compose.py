@@ -84,6 +84,18 @@ def write_fasta(path: Path) -> None:
     path.write_text("".join(records))
 
 
+def wait_for_run(deployment: Deployment, run: str, watched: str) -> str:
+    """How a run of the DAG ended; the log of a service tells why it did not."""
+    path = f"/dags/virnucpro_ingest/dagRuns/{run}"
+    with deployment.airflow() as airflow:
+
+        def state() -> str:
+            return str(ask(airflow, "GET", path)["state"])
+
+        deployment.wait_until(lambda: state() in ("success", "failed"), "ended", [watched])
+        return state()
+
+
 def test_job_survives_the_restart_of_every_container(deployment: Deployment) -> None:
     with deployment.airflow() as airflow:
         run = trigger(airflow, Path("/data/input/many.fasta"))
@@ -110,12 +122,7 @@ def test_job_survives_the_restart_of_every_container(deployment: Deployment) -> 
     )
     assert deployment.query("SELECT state, error FROM jobs") == [["succeeded", ""]]
     deployment.wait_healthy()
-    with deployment.airflow() as airflow:
-        path = f"/dags/virnucpro_ingest/dagRuns/{run}"
-        deployment.wait_until(
-            lambda: ask(airflow, "GET", path)["state"] in ("success", "failed"), "ended", ["scheduler"]
-        )
-        assert ask(airflow, "GET", path)["state"] == "success"
+    assert wait_for_run(deployment, run, "scheduler") == "success"
 
     (file,) = deployment.folder.glob("data/output/results/many-*/many_ESM.pt")
     counts = read_manifest(file.with_name("many.manifest.json")).counts
@@ -305,12 +312,7 @@ def test_secrets_are_rotated_while_a_run_waits(deployment: Deployment) -> None:
     assert old["airflow_fernet_key"] == deployment.secret("airflow_fernet_key")
     deployment.run("start", "worker-cpu")
     deployment.wait_healthy()
-    with deployment.airflow() as airflow:
-        path = f"/dags/virnucpro_ingest/dagRuns/{run}"
-        deployment.wait_until(
-            lambda: ask(airflow, "GET", path)["state"] in ("success", "failed"), "ended", ["triggerer"]
-        )
-        assert ask(airflow, "GET", path)["state"] == "success"
+    assert wait_for_run(deployment, run, "triggerer") == "success"
 
 
 def test_what_airflow_hides_is_hidden_by_a_new_key(deployment: Deployment) -> None:
