@@ -160,3 +160,11 @@ def run_job(tx: Connection, job_id: int, worker_id: int, failures: int = 0) -> N
             published = [submission.id for submission in queries.submissions_of(tx, job_id)]
             result = replace(result, artifacts=[], published=published)
         transitions.complete(tx, claimed, result)
+
+
+def state_of(tx: Connection, job_id: int) -> str:
+    return str(queries.get_job(tx, job_id).state)
+
+
+def outbox_chunks(tx: Connection) -> list[int]:
+    return list(tx.execute(text("SELECT chunk_id FROM outbox ORDER BY chunk_id")).scalars())

@@ -190,9 +190,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @invariant()
     def every_waiting_chunk_has_a_message_and_no_other(self) -> None:
         job = self.job_row()
-        messages = list(
-            self.connection.execute(text("SELECT chunk_id FROM outbox ORDER BY chunk_id")).scalars()
-        )
+        messages = jobs.outbox_chunks(self.connection)
         waiting = jobs.pending_chunks(self.connection, job.id)
         assert messages == (waiting if job.state == "running" else [])
 

@@ -13,10 +13,12 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, ProgrammingError
 
 from tests import ledger_jobs as jobs
+from virnucpro_core.ledger import queries
 from virnucpro_core.ledger.database import in_transaction, open_ledger
+from virnucpro_core.ledger.jobs import cancel, resume
 from virnucpro_core.settings import DatabaseRole
 from virnucpro_core.stack.postgres import LEDGER_ROLES, SUPERUSER, LedgerUrls, PostgresServer
 from virnucpro_core.stack.valkey import ValkeyServer
@@ -239,3 +241,30 @@ def test_valkey_does_nothing_without_the_password(
         pytest.raises(redis.AuthenticationError),
     ):
         client.execute_command(*command)
+
+
+def test_each_role_can_do_its_work_and_no_more(ledger_urls: LedgerUrls) -> None:
+    owner, dag, worker = (open_ledger(ledger_urls[role]) for role in ("owner", "dag", "worker"))
+    in_transaction(owner, jobs.add_model)
+    registered = in_transaction(dag, jobs.register, jobs.scan())
+    worker_id = in_transaction(worker, jobs.start_worker)
+    in_transaction(worker, jobs.run_job, registered.job_id, worker_id, 1)
+    artifacts = in_transaction(dag, queries.artifacts_of, registered.job_id)
+    assert in_transaction(dag, resume, registered.job_id, [artifacts[0].id]).lost == 1
+    in_transaction(worker, jobs.run_job, registered.job_id, worker_id, 1)
+    in_transaction(dag, jobs.register, jobs.scan(), force=True)
+    in_transaction(dag, cancel, registered.job_id, by="a person")
+    for engine, forbidden in [
+        (dag, "SELECT nextval('lease_tokens')"),
+        (dag, "UPDATE workers SET state = 'gone'"),
+        (dag, "UPDATE models SET path = '/elsewhere'"),
+        (dag, "DROP TABLE outbox"),
+        (worker, "INSERT INTO jobs (records) VALUES (1)"),
+        (worker, "UPDATE models SET path = '/elsewhere'"),
+        (worker, "UPDATE inputs SET location = '/elsewhere'"),
+        (worker, "CREATE TABLE mine (x int)"),
+    ]:
+        with engine.connect() as connection, pytest.raises(ProgrammingError, match=r"denied|owner"):
+            connection.execute(text(forbidden))
+    for engine in (owner, dag, worker):
+        engine.dispose()
