@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from virnucpro_core.errors import OutsideError
-from virnucpro_core.features.files import Written
+import structlog
+
+from virnucpro_core.errors import ArtifactError, OutsideError
+from virnucpro_core.features.files import Written, hash_file
 from virnucpro_core.ledger.queries import ArtifactRow, SubmissionRow
 from virnucpro_core.ledger.work import RESULTS, NewArtifact, Work
 from virnucpro_core.roots import OUTPUT_ADVICE, resolve_below
 from virnucpro_core.settings import Settings
+
+log = structlog.get_logger()
 
 
 def output_root(settings: Settings) -> Path:
@@ -60,3 +65,18 @@ def as_new(row: ArtifactRow) -> NewArtifact:
 
 def as_written(row: ArtifactRow, settings: Settings) -> Written:
     return Written(locate(row, settings), row.sha256, row.bytes, row.rows)
+
+
+def find_unsound(artifacts: Sequence[ArtifactRow], settings: Settings) -> list[int]:
+    """Ids of the artifacts whose bytes are gone or are not those that were recorded."""
+    unsound = []
+    for row in artifacts:
+        try:
+            sound = hash_file(locate(row, settings)) == row.sha256
+        except ArtifactError as error:
+            log.warning("artifact_unreadable", reason=str(error))
+            sound = False
+        if not sound:
+            log.warning("artifact_damaged", artifact=row.id, path=row.path)
+            unsound.append(row.id)
+    return unsound

@@ -50,10 +50,11 @@ from virnucpro_core.sequences.halving import halve
 from virnucpro_core.settings import Settings
 from workers.cleaning import remove_expired, sweep
 from workers.heartbeat import Heartbeat
+from workers.merging import merge
 from workers.models import ModelKeeper
 from workers.persistence import Persistence, commit
 from workers.reading import LookAhead, condemn
-from workers.stages import Outcome, Stage, find_damaged, keep_extraction, merge, validate
+from workers.stages import Outcome, Stage, find_damaged, keep_extraction, validate
 
 if TYPE_CHECKING:
     from virnucpro_core.embedding.execution import ExecutionClass

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING
 
 import structlog
 from sqlalchemy import Connection, Engine
 
-from virnucpro_core.errors import ArtifactError, InputChangedError, InputError, MismatchError
+from virnucpro_core.errors import MismatchError
 from virnucpro_core.failures import FailureReason
-from virnucpro_core.features.exports import write_export
-from virnucpro_core.features.files import Written, hash_file, new_file
+from virnucpro_core.features.files import Written, new_file
 from virnucpro_core.features.manifests import Counts, Manifest, ResultFile, installed_versions, write_manifest
 from virnucpro_core.features.matrices import open_matrix, write_matrix
-from virnucpro_core.features.merging import Nucleotides, merge_chunks, merge_features, read_nucleotides
 from virnucpro_core.features.validation import validate_export, validate_merged, validate_result
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.queries import (
@@ -40,17 +37,15 @@ from virnucpro_core.ledger.work import (
     MANIFEST,
     MERGED,
     REPORT,
-    NewArtifact,
     Result,
     Work,
     export_name,
     file_name,
 )
-from virnucpro_core.roots import open_below
 from virnucpro_core.sequences.fasta import parse_records
 from virnucpro_core.sequences.scan import read_range
 from virnucpro_core.settings import Settings
-from workers.artifacts import as_new, as_written, describe_file, locate, published_folder, stage_folder
+from workers.artifacts import as_written, describe_file, find_unsound, locate, published_folder, stage_folder
 from workers.publication import Publication
 from workers.reporting import Reporter
 
@@ -58,8 +53,6 @@ if TYPE_CHECKING:
     from virnucpro_core.embedding.extraction import Extraction
 
 log = structlog.get_logger()
-
-RESULT_NAME = "result.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,86 +99,6 @@ def keep_extraction(work: Work, extraction: Extraction, settings: Settings) -> O
             seconds=extraction.seconds,
             execution=execution,
         )
-    )
-
-
-def merge(ledger: Engine, work: Work, settings: Settings) -> Outcome:
-    """Join a job's chunk artifacts, export them, and join them with the nucleotides that were submitted.
-
-    What an earlier run made and is still sound is kept, so that nucleotides may come when the chunks are gone.
-
-    Raises:
-        ArtifactError: a chunk artifact is missing or damaged, or a file cannot be written.
-        MismatchError: chunks do not belong together.
-    """
-    started = time.perf_counter()
-    folder = stage_folder(work, settings)
-    made = in_transaction(ledger, artifacts_of, work.job_id, stage=MERGE)
-    whole = [row for row in made if row.kind in (MATRIX, EXPORT)]
-    sound = {row.kind for row in whole} == {MATRIX, EXPORT} and not find_unsound(whole, settings)
-    artifacts = [as_new(row) for row in whole] if sound else merge_rows(ledger, work, settings)
-    matrix = open_matrix(folder / RESULT_NAME)
-    rejected: dict[int, str] = {}
-    for submission in in_transaction(ledger, submissions_of, work.job_id):
-        if not submission.nucleotide_path:
-            continue
-        try:
-            nucleotides = read_submitted(submission, settings)
-            merged = merge_features(
-                nucleotides,
-                matrix,
-                folder / file_name(MERGED, submission.id),
-                records=work.range.records,
-                data_type=cast("Literal['host', 'viral'] | None", submission.label or None),
-            )
-        except (InputChangedError, MismatchError) as error:
-            # one submission's mistake; the others, and the proteins alone, are fine
-            log.error("nucleotides_rejected", submission=submission.id, reason=str(error))  # noqa: TRY400
-            rejected[submission.id] = str(error)
-        else:
-            artifacts.append(describe_file(merged, MERGED, settings))
-    return Outcome(Result(artifacts=artifacts, seconds=time.perf_counter() - started, rejected=rejected))
-
-
-def merge_rows(ledger: Engine, work: Work, settings: Settings) -> list[NewArtifact]:
-    """Join a job's chunk artifacts into one matrix, and export it."""
-    folder = stage_folder(work, settings)
-    chunks = in_transaction(ledger, artifacts_of, work.job_id, stage=EXTRACT)
-    sources = [(locate(chunk, settings), chunk.sha256) for chunk in chunks]
-    written = merge_chunks(sources, folder / RESULT_NAME)
-    exports = write_export(
-        folder / "result.pt", open_matrix(written.path), rows_per_file=settings.export_rows
-    )
-    return [
-        describe_file(written, MATRIX, settings),
-        *(describe_file(export, EXPORT, settings) for export in exports),
-    ]
-
-
-def read_submitted(submission: SubmissionRow, settings: Settings) -> Nucleotides:
-    """The nucleotides that came with a submission.
-
-    Raises:
-        InputChangedError: the file is gone, unreadable, not the one that was submitted, or outside the folders
-            that inputs are read from.
-    """
-    path = Path(submission.nucleotide_path)
-    try:
-        with open_below(path, settings.input_folders) as file:
-            changed = hashlib.file_digest(file, "sha256").hexdigest() != submission.nucleotide_sha256
-            if not changed:
-                file.seek(0)
-                return read_nucleotides(path, file)
-    except (ArtifactError, InputError, OSError) as error:
-        raise InputChangedError(
-            f"the nucleotide embeddings cannot be used: {error}",
-            where=str(path),
-            todo="Submit a sound file.",
-        ) from error
-    raise InputChangedError(
-        "the nucleotide embeddings were changed after registration",
-        where=str(path),
-        todo="Submit the file again.",
     )
 
 
@@ -323,24 +236,10 @@ def describe_result(
 
 def find_damaged(ledger: Engine, work: Work, settings: Settings) -> list[int]:
     """Ids of the artifacts that a stage takes in and whose bytes are not those that were recorded."""
-    taken = {MERGE: EXTRACT, VALIDATE: MERGE}.get(work.stage)
-    return (
-        find_unsound(in_transaction(ledger, artifacts_of, work.job_id, stage=taken), settings)
-        if taken
-        else []
-    )
-
-
-def find_unsound(artifacts: Sequence[ArtifactRow], settings: Settings) -> list[int]:
-    """Ids of the artifacts whose bytes are gone or are not those that were recorded."""
-    unsound = []
-    for row in artifacts:
-        try:
-            sound = hash_file(locate(row, settings)) == row.sha256
-        except ArtifactError as error:
-            log.warning("artifact_unreadable", reason=str(error))
-            sound = False
-        if not sound:
-            log.warning("artifact_damaged", artifact=row.id, path=row.path)
-            unsound.append(row.id)
-    return unsound
+    if work.stage == VALIDATE:
+        return find_unsound(in_transaction(ledger, artifacts_of, work.job_id, stage=MERGE), settings)
+    # Merge goes on from the matrix that it made before when the chunks are gone.
+    taken = in_transaction(ledger, artifacts_of, work.job_id, stage=EXTRACT) or [
+        row for row in in_transaction(ledger, artifacts_of, work.job_id, stage=MERGE) if row.kind == MATRIX
+    ]
+    return find_unsound(taken, settings)
