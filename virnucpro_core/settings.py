@@ -185,8 +185,10 @@ class Settings(BaseSettings):
             )
         scheme, separator, rest = secret.get_secret_value().partition("://")
         if not separator or scheme.split("+")[0] not in ("postgresql", "postgres"):
+            # Without "://" all of it may be the password.
+            shown = repr(scheme) if separator else "what has no ://"
             raise SettingsError(
-                f"the ledger needs PostgreSQL, not {scheme!r}",
+                f"the ledger needs a URL of PostgreSQL, not {shown}",
                 where=f"{PREFIX}DATABASE_URL",
                 todo="Give a URL that begins with postgresql://.",
             )

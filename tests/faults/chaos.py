@@ -156,6 +156,7 @@ class Siege:
             self.undoing.remove(due)
             due[1]()
         house.wake_the_stopped()
+        house.start_failed()
         with suppress(ServiceError):
             self.most_done = max(self.most_done, self.chaos.chunks_done())
         while self.pending and self.pending[0].after <= self.most_done:

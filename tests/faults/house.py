@@ -172,6 +172,12 @@ class House:
             if service.process is None or service.process.poll() is not None:
                 service.start(lambda: True)
 
+    def start_failed(self) -> None:
+        """Start again what ended with an error, as supervisord and the container engine do."""
+        for service in (self.relay, *self.launchers.values()):
+            if service.process is not None and service.process.poll() not in (None, 0):
+                service.start(lambda: True)
+
     def stop(self) -> None:
         """Stop all of it, the servers last."""
         for service in (*self.launchers.values(), self.relay, self.broker, self.database):

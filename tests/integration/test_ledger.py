@@ -91,6 +91,24 @@ def test_a_worker_of_another_execution_class_is_declined(tx: Connection) -> None
     assert queries.find_setback(tx, job_id) is None
 
 
+def test_a_job_that_no_worker_may_run_holds_up_no_other(tx: Connection) -> None:
+    pinned = jobs.register(tx, jobs.scan(chunks=9)).job_id
+    jobs.claim(tx, jobs.pending_chunks(tx, pinned)[0], jobs.start_worker(tx), "class one")
+    other = jobs.register(tx, jobs.scan(content="b")).job_id
+    worker = jobs.start_worker(tx, "other@test")
+    ran = set()
+    for _ in range(8):
+        for message in take_due(tx, "extract", 2):
+            if message.job_id == pinned:
+                send_again(tx, message.chunk_id, delay=0, reason="its job is pinned")
+            else:
+                jobs.claim(tx, message.chunk_id, worker, "class two")
+                ran.add(message.chunk_id)
+    assert len(ran) == 3
+    assert jobs.pending_chunks(tx, other) == []
+    assert len(take_due(tx, "extract", 99)) == 8, "put off, not lost"
+
+
 def test_a_chunk_that_was_only_declined_does_not_hide_one_that_failed(tx: Connection) -> None:
     job_id = jobs.register(tx, jobs.scan()).job_id
     first, second, _ = jobs.pending_chunks(tx, job_id)

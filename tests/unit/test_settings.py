@@ -43,8 +43,11 @@ def test_a_secrets_file_that_cannot_be_read_is_named(
     assert caught.value.where == str(tmp_path / "missing")
 
 
-def test_a_secret_in_a_wrong_setting_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIRNUCPRO_DATABASE_URL", "mysql://me:hidden@host/base")
+@pytest.mark.parametrize(
+    "url", ["mysql://me:hidden@host/base", "host=db password=hidden", "postgresql:/me:hidden@host"]
+)
+def test_a_secret_in_a_wrong_setting_is_not_told(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIRNUCPRO_DATABASE_URL", url)
     with pytest.raises(SettingsError) as caught:
         Settings().database_url_for("dag")
     assert "hidden" not in str(caught.value)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
+from virnucpro_core.ledger.transitions import wake_relay
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -55,7 +57,8 @@ def queue_states(tx: Connection, *, republish_seconds: float) -> list[QueueState
 def take_due(tx: Connection, queue: str, limit: int) -> list[Message]:
     """Mark up to `limit` due messages as published and return them, those of the oldest chunks first.
 
-    So a chunk that was taken back from a dead worker does not wait behind all that have never run. The caller
+    So a chunk that was taken back from a dead worker does not wait behind all that have never run. But what has
+    been put off waits behind what has not: a job that no worker here may run holds up no other. The caller
     publishes before it commits: a message may be sent twice, never lost.
     """
     return messages(
@@ -65,7 +68,7 @@ def take_due(tx: Connection, queue: str, limit: int) -> list[Message]:
                 UPDATE outbox SET published_at = now()
                  WHERE id IN (SELECT id FROM outbox
                                WHERE queue = :queue AND published_at IS NULL AND due_at <= now()
-                               ORDER BY chunk_id LIMIT :limit FOR UPDATE SKIP LOCKED)
+                               ORDER BY put_off, chunk_id LIMIT :limit FOR UPDATE SKIP LOCKED)
                 RETURNING chunk_id
             """),
             {"queue": queue, "limit": limit},
@@ -106,13 +109,18 @@ def send_again(tx: Connection, chunk_id: int, *, delay: float, reason: str) -> N
         text("UPDATE chunks SET error = :reason WHERE id = :chunk AND state = 'pending'"),
         {"chunk": chunk_id, "reason": reason},
     )
-    tx.execute(
+    put_off = tx.execute(
         text("""
-            UPDATE outbox SET published_at = NULL, due_at = now() + make_interval(secs => :delay)
-             WHERE chunk_id = :chunk
+            UPDATE outbox SET published_at = NULL, due_at = now() + make_interval(secs => :delay),
+                              put_off = put_off + 1
+             WHERE chunk_id = :chunk RETURNING put_off
         """),
         {"chunk": chunk_id, "delay": delay},
-    )
+    ).scalar_one_or_none()
+    if put_off == 1:
+        wake_relay(
+            tx
+        )  # others may be behind it; where all were put off before, the relay's own pace is enough
 
 
 def messages(tx: Connection, chunk_ids: Sequence[int]) -> list[Message]:

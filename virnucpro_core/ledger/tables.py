@@ -376,12 +376,17 @@ class Rejection(Base):
 class Outbox(Base):
     """A message that is due: one row per chunk that waits to be claimed. Claiming deletes it.
 
-    However often it is sent, or put off, `since` is when the wait began.
+    However often it is sent, or put off, `since` is when the wait began. `put_off` counts the workers that had it
+    and may not run the chunk.
     """
 
     __tablename__ = "outbox"
     __table_args__ = (
-        Index("ix_outbox_due", "queue", "chunk_id", postgresql_where=text("published_at IS NULL")),
+        Index(
+            "ix_outbox_due",
+            *("queue", "put_off", "chunk_id"),
+            postgresql_where=text("published_at IS NULL"),
+        ),
         Index("ix_outbox_delayed", "queue", "due_at", postgresql_where=text("published_at IS NULL")),
         Index(
             "ix_outbox_published", "queue", "published_at", postgresql_where=text("published_at IS NOT NULL")
@@ -394,4 +399,5 @@ class Outbox(Base):
     queue: Mapped[str]
     since: Mapped[datetime] = mapped_column(server_default=NOW)
     due_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    put_off: Mapped[int] = mapped_column(server_default="0")
     published_at: Mapped[datetime | None]
