@@ -2,37 +2,60 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+
+import structlog
 
 from virnucpro_core.errors import SettingsError
 from virnucpro_core.ledger.submissions import has_fasta_name, name_stem
 
 BATCHES = 250  # mapped instances of a stage at most; Airflow refuses more than [core] max_map_length, 1024
 
+log = structlog.get_logger()
+
 
 def find_inputs(inbox: Path, named: Sequence[str]) -> list[Path]:
     """The files a run is asked for, each once: those named, else all FASTA files in the inbox.
 
     A relative name starts in the inbox. The inbox is searched with all its folders; hidden files and folders
-    are passed over, so that an upload can take place under a name with a leading dot.
+    are passed over, so that an upload can take place under a name with a leading dot. Links to folders are not
+    followed. What cannot be looked at, a folder or a file, is taken for an input: it is then refused under its
+    name, the run fails, and the other files go on.
 
     Raises:
-        SettingsError: the inbox is asked for, and is no folder.
+        SettingsError: the inbox is asked for, and cannot be read.
     """
     if named:
         return list(dict.fromkeys(inbox / name for name in named))
-    if not inbox.is_dir():
-        raise SettingsError(
-            "the inbox is not a folder", where=str(inbox), todo="Create it, or set VIRNUCPRO_INBOX."
-        )
-    return sorted(
-        path
-        for path in inbox.rglob("*")
-        if has_fasta_name(path)
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(inbox).parts)
-    )
+    unreadable: list[Path] = []
+
+    def note(error: OSError) -> None:
+        if Path(error.filename) == inbox:
+            raise SettingsError(
+                f"the inbox cannot be read: {error.strerror}",
+                where=str(inbox),
+                todo="Create it, or make it readable for the user that Airflow runs as; or set VIRNUCPRO_INBOX.",
+            ) from error
+        if not isinstance(error, FileNotFoundError):  # who removed a folder meanwhile took its files out
+            log.warning("the folder cannot be read", folder=error.filename, reason=error.strerror)
+            unreadable.append(Path(error.filename))
+
+    found: list[Path] = []
+    for folder, folders, names in os.walk(inbox, onerror=note):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(folder, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if has_fasta_name(path) and is_input(path)]
+    return sorted(found + unreadable)
+
+
+def is_input(path: Path) -> bool:
+    """Whether this is a file, or may be one that cannot be looked at."""
+    try:
+        return path.is_file()
+    except OSError:
+        return True
 
 
 def make_batches(files: Sequence[Path]) -> list[list[str]]:

@@ -10,21 +10,19 @@ from io import StringIO
 from sqlalchemy import Connection, Engine
 
 from virnucpro_core.failures import Failure
-from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.overview import (
     JobOverview,
     WorkerOverview,
     list_job_overviews,
     list_worker_overviews,
 )
-from virnucpro_core.ledger.queries import ArtifactRow, artifacts_of, failures_of, get_job
+from virnucpro_core.ledger.queries import ArtifactRow, artifacts_of, failure_batches, failures_of, get_job
 from virnucpro_core.ledger.transitions import MERGE, VALIDATE
 from virnucpro_core.reports import JobReport, report_job
 
 JOBS_SHOWN = 50
 FAILURES_SHOWN = 100
 CHUNKS_SHOWN = 500
-CSV_RECORDS = 5000  # failures read at a time: a slow reader must not keep a transaction open
 CSV_COLUMNS = ("record", "id", "reason", "detail")
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
 
@@ -106,22 +104,13 @@ def write_csv(ledger: Engine, job_id: int, *, reason: str | None) -> Iterator[st
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
-    after = 0
-    while True:
-        read = in_transaction(ledger, read_batch, job_id, reason=reason, after=after)
-        writer.writerows(map(disarm, astuple(failure)) for failure in read)
+    for batch in failure_batches(ledger, job_id, reason=reason):
+        writer.writerows(map(disarm, astuple(failure)) for failure in batch)
         yield text.getvalue()
         text.seek(0)
         text.truncate()
-        if len(read) < CSV_RECORDS:
-            return
-        after = read[-1].record
 
 
 def disarm(cell: object) -> object:
     """A cell that no spreadsheet takes for a formula. Whoever made the input chose a record's id."""
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_SIGNS) else cell
-
-
-def read_batch(tx: Connection, job_id: int, *, reason: str | None, after: int) -> list[Failure]:
-    return list(failures_of(tx, job_id, limit=CSV_RECORDS, after=after, reason=reason))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import threading
@@ -40,19 +39,6 @@ def flip_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-
-
-def run_extract(pipeline: Pipeline, job_id: int, *, failures: int) -> None:
-    """Do a job's extract chunks as the ledger sees it, with so many failures in the first of them."""
-
-    def run(tx: ledger_jobs.Connection) -> None:
-        worker = ledger_jobs.start_worker(tx)
-        for number, chunk in enumerate(ledger_jobs.pending_chunks(tx, job_id)):
-            claimed = ledger_jobs.claim(tx, chunk, worker)
-            result = ledger_jobs.result_of(claimed, failures if number == 0 else 0)
-            ledger_jobs.transitions.complete(tx, claimed, result)
-
-    in_transaction(pipeline.ledger, run)
 
 
 def test_no_name_of_a_file_commands_the_terminal(
@@ -148,39 +134,6 @@ def test_unknown_job(command: str, pipeline: Pipeline, virnucpro: Command) -> No
     ended = virnucpro(command, 99)
     assert ended.code == 1
     assert "there is no job 99" in ended.err
-
-
-def test_failures_as_text_csv_and_json(
-    pipeline: Pipeline, virnucpro: Command, small_fasta: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = submit(virnucpro, small_fasta)["job"]
-    assert isinstance(job, int)
-    assert "none" in virnucpro("failures", job).out
-    run_extract(pipeline, job, failures=1)
-    monkeypatch.setenv("COLUMNS", "20")  # a pipe's lines are not cut to it
-    as_text = virnucpro("failures", job).out
-    assert as_text.startswith(f"job {job}: 1 empty\n")
-    assert as_text.splitlines()[-1].split(maxsplit=3) == ["1", "r0", "empty", "it has no residues"]
-    assert list(csv.reader(virnucpro("failures", job, "--csv").out.splitlines())) == [
-        ["record", "id", "reason", "detail"],
-        ["1", "r0", "empty", "it has no residues"],
-    ]
-    (failure,) = virnucpro("failures", job, "--json").json()
-    assert (failure["record"], failure["id"], failure["reason"]) == (1, "r0", "empty")
-
-
-def test_more_failures_than_shown_are_announced(
-    pipeline: Pipeline, virnucpro: Command, tmp_path: Path
-) -> None:
-    fasta = tmp_path / "many.fasta"
-    fasta.write_text(">a\nMK\n" * 60)
-    job = submit(virnucpro, fasta)["job"]
-    assert isinstance(job, int)
-    run_extract(pipeline, job, failures=60)
-    ended = virnucpro("failures", job)
-    assert ended.out.count("it has no residues") == 50
-    assert "--csv prints all" in ended.err
-    assert virnucpro("failures", job, "--csv").out.count("it has no residues") == 60
 
 
 def test_status_says_when_nobody_works(pipeline: Pipeline, virnucpro: Command, small_fasta: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +159,63 @@ def test_inbox_is_searched_for_fasta_files(inbox: Path) -> None:
         write_fasta(inbox / name, "MKV")
     (inbox / "folder.fa").mkdir()
     assert find_inputs(inbox, []) == sorted(inbox / name for name in wanted)
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """To root everything is readable: be somebody else meanwhile."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def open_inbox() -> Iterator[Path]:
+    """An inbox that `as_nobody` gets to, which pytest's own folders are too private for."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        (Path(folder) / "inbox").mkdir(mode=0o755)
+        yield Path(folder) / "inbox"
+
+
+def test_what_cannot_be_read_is_refused_by_its_name_and_the_others_go_on(
+    ledger: Engine, open_inbox: Path, settings_environment: Callable[..., None]
+) -> None:
+    settings_environment(input_roots=str(open_inbox))
+    good = write_fasta(open_inbox / "good.fasta", "MKVLAT")
+    (closed := write_fasta(open_inbox / "deep/closed/a.fasta", "MKV").parent).chmod(0)
+    (listed := write_fasta(open_inbox / "listed/b.fasta", "MKV")).parent.chmod(0o444)
+    write_fasta(open_inbox / ".hidden/c.fasta", "MKV").parent.chmod(0)
+    with as_nobody():
+        found = find_inputs(open_inbox, [])
+        files = register(*found)
+    assert found == [closed, good, listed]
+    assert [file["job"] is None for file in files] == [True, False, True]
+    assert f"Permission denied [{closed}]" in files[0]["refused"]
+    assert f"Permission denied [{listed}]" in files[2]["refused"]
+
+
+def test_an_inbox_that_cannot_be_read_is_an_error(open_inbox: Path) -> None:
+    write_fasta(open_inbox / "a.fasta", "MKV")
+    open_inbox.chmod(0)
+    with as_nobody(), pytest.raises(SettingsError, match=rf"Permission denied \[{open_inbox}\].*readable"):
+        find_inputs(open_inbox, [])
+
+
+def test_links_to_folders_are_not_followed_and_links_to_files_are(inbox: Path, tmp_path: Path) -> None:
+    outside = write_fasta(tmp_path / "outside/a.fasta", "MKV")
+    inbox.mkdir(exist_ok=True)
+    (inbox / "folder").symlink_to(outside.parent)
+    (inbox / "folder.fasta").symlink_to(outside.parent)
+    (inbox / "file.fasta").symlink_to(outside)
+    (inbox / "dangling.fasta").symlink_to(tmp_path / "nowhere")
+    (inbox / "loop.fasta").symlink_to(inbox / "loop.fasta")
+    assert find_inputs(inbox, []) == [inbox / "file.fasta"]
 
 
 def test_named_files_are_taken_once_and_from_the_inbox(inbox: Path) -> None:

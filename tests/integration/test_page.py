@@ -158,7 +158,7 @@ def test_failures_come_by_reason_page_by_page_and_as_csv(
     ledger: Engine, visit: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dags.page.views.FAILURES_SHOWN", 2)
-    monkeypatch.setattr(content, "CSV_RECORDS", 2)
+    monkeypatch.setattr(queries, "BATCH_RECORDS", 2)
     job = enter_job(ledger)
     run_job(ledger, job, failures=2)
     with ledger.begin() as tx:

@@ -28,6 +28,7 @@ from virnucpro_core.settings import load_settings
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
+    from virnucpro_core.failures import Failure
     from virnucpro_core.reports import JobReport
     from virnucpro_core.verification import Verification
 
@@ -110,28 +111,30 @@ def failures(
     Records are numbered from 1. The text form shows the first ones; --csv and --json print all.
     """
     from virnucpro_core.ledger.database import in_transaction
-    from virnucpro_core.ledger.queries import failure_counts, failures_of, get_job
+    from virnucpro_core.ledger.queries import failure_batches, failure_counts, failures_of, get_job
 
-    def write(tx: Connection) -> None:
-        get_job(tx, job)
+    def read_first(tx: Connection) -> tuple[dict[str, int], list[Failure]]:
+        return failure_counts(tx, job), list(failures_of(tx, job, limit=SHOWN_FAILURES))
+
+    # Nothing is printed within a transaction: a pager may read on after any time.
+    with connect() as ledger:
+        in_transaction(ledger, get_job, job)
         if as_csv:
             # As they are: a program looks for its own ids. What is for spreadsheets is the CSV of Airflow's page.
             writer = csv.writer(sys.stdout, lineterminator="\n")
             writer.writerow(FAILURE_COLUMNS)
-            writer.writerows(astuple(failure) for failure in failures_of(tx, job))
-        elif as_json:
-            print_json([asdict(failure) for failure in failures_of(tx, job)])
-        else:
-            counts = failure_counts(tx, job)
-            print(f"job {job}: {format_counts(counts)}")
-            if counts:
-                first = failures_of(tx, job, limit=SHOWN_FAILURES)
-                print_table(FAILURE_COLUMNS, [astuple(failure) for failure in first])
-            if sum(counts.values()) > SHOWN_FAILURES:
-                print_note(f"The first {SHOWN_FAILURES} are shown; --csv prints all.")
-
-    with connect() as ledger:
-        in_transaction(ledger, write)
+            for batch in failure_batches(ledger, job):
+                writer.writerows(astuple(failure) for failure in batch)
+            return
+        if as_json:
+            print_json([asdict(failure) for batch in failure_batches(ledger, job) for failure in batch])
+            return
+        counts, first = in_transaction(ledger, read_first)
+    print(f"job {job}: {format_counts(counts)}")
+    if counts:
+        print_table(FAILURE_COLUMNS, [astuple(failure) for failure in first])
+    if sum(counts.values()) > SHOWN_FAILURES:
+        print_note(f"The first {SHOWN_FAILURES} are shown; --csv prints all.")
 
 
 def report(

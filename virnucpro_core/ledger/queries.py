@@ -8,12 +8,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, Engine, Row, text
 
 from virnucpro_core.errors import JobError, ServiceError
 from virnucpro_core.failures import Failure, FailureReason
+from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.work import result_folder
 from virnucpro_core.sequences.chunks import ChunkRange
+
+BATCH_RECORDS = 5000  # failures read at a time
 
 PROGRESS = text("""
     SELECT j.id, j.state, j.stage, s.position, j.generation, j.chunks_total, j.chunks_left, j.records, j.embeddings,
@@ -217,6 +220,27 @@ def failures_of(
     )
     for row in rows:
         yield Failure(row.record, row.record_id, FailureReason(row.reason), row.detail)
+
+
+def failure_batches(ledger: Engine, job_id: int, *, reason: str | None = None) -> Iterator[list[Failure]]:
+    """A job's failures in input order, so many at a time, each time in a transaction of its own.
+
+    In between none is open: PostgreSQL ends one that waits long for a slow reader (`database.IDLE_TIMEOUT`).
+
+    Args:
+        reason: only those that failed for it.
+    """
+    after = 0
+    while True:
+
+        def read(tx: Connection, after: int = after) -> list[Failure]:
+            return list(failures_of(tx, job_id, limit=BATCH_RECORDS, after=after, reason=reason))
+
+        batch = in_transaction(ledger, read)
+        yield batch
+        if len(batch) < BATCH_RECORDS:
+            return
+        after = batch[-1].record
 
 
 def failure_counts(tx: Connection, job_id: int) -> dict[str, int]:

@@ -72,9 +72,20 @@ def cut_suffix(name: str, suffixes: tuple[str, ...]) -> str:
 
 
 def find_nucleotides(path: Path) -> Path | None:
-    """The nucleotide file that lies beside a FASTA file: `<stem>_DNABERT_S.pt`, if there is one."""
+    """The nucleotide file that lies beside a FASTA file: `<stem>_DNABERT_S.pt`, if there is one.
+
+    Raises:
+        InputError: their folder cannot be searched.
+    """
     beside = path.with_name(f"{name_stem(path)}{NUCLEOTIDE_ENDING}")
-    return beside if beside.exists() else None
+    try:
+        return beside if beside.exists() else None
+    except OSError as error:
+        raise InputError(
+            f"the file's folder cannot be searched: {error.strerror}",
+            where=str(path),
+            todo="Correct the permissions of its folder.",
+        ) from error
 
 
 def submit_file(

@@ -220,6 +220,7 @@ def _open_input(path: Path, roots: Sequence[Path]) -> BinaryIO:
     try:
         mode = resolve_below(path, roots).stat().st_mode
         if stat.S_ISDIR(mode):
+            os.scandir(path).close()  # where it cannot be read, that is what to mend
             raise InputError("this is a folder, not a file", where=str(path), todo="Name the files in it.")
         if not stat.S_ISREG(mode):
             raise InputError(

@@ -34,7 +34,7 @@ from virnucpro_core.stack.stack import Stack
 DAG = "virnucpro_ingest"
 MODEL = "demo"
 PARSE_SECONDS = 120.0
-RUN_SECONDS = 3600.0
+STANDSTILL_SECONDS = 3600.0
 POLL_SECONDS = 1.0
 MAX_FAILED_SHARE = 0.5  # the sample holds bad records on purpose
 LOG_EVENTS = 5  # of a failed task, at the end
@@ -130,21 +130,32 @@ def trigger(airflow: httpx.Client, fasta: Path) -> str:
     return str(ask(airflow, "POST", f"/dags/{DAG}/dagRuns", logical_date=None, conf=conf)["dag_run_id"])
 
 
-def follow(airflow: httpx.Client, run: str, ledger: Engine, sha256: str, console: Console) -> str:
+def follow(
+    airflow: httpx.Client,
+    run: str,
+    ledger: Engine,
+    sha256: str,
+    console: Console,
+    *,
+    standstill_seconds: float = STANDSTILL_SECONDS,
+) -> str:
     """Show the progress of an input's job until the run ends; returns the run's state.
 
     Raises:
-        ServiceError: the run takes too long.
+        ServiceError: for so many seconds nothing was seen to change.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    deadline = time.monotonic() + RUN_SECONDS
+    seen: tuple[object, ...] = ()
+    changed = time.monotonic()
     with Progress(*columns, console=console) as progress:
         stage = "register"
         bar = progress.add_task(stage, total=None)
-        while time.monotonic() < deadline:
+        while True:
             state = str(ask(airflow, "GET", f"/dags/{DAG}/dagRuns/{run}")["state"])
             job = find_demo_job(ledger, sha256)
+            now: tuple[object, ...] = (state,)
             if job is not None:
+                now = (state, job.state, job.stage, job.chunks_left, job.embeddings, job.failed)
                 if job.stage != stage:
                     stage = job.stage
                     progress.console.print(f"job {job.id}: {stage}")
@@ -152,12 +163,15 @@ def follow(airflow: httpx.Client, run: str, ledger: Engine, sha256: str, console
                 progress.update(bar, description=stage, total=job.records, completed=done)
             if state in ("success", "failed"):
                 return state
+            if now != seen:
+                seen, changed = now, time.monotonic()
+            elif time.monotonic() - changed > standstill_seconds:
+                raise ServiceError(
+                    f"The DAG run has made no progress for {standstill_seconds:.0f} s",
+                    where=run,
+                    todo="Look at it in Airflow's pages.",
+                )
             time.sleep(POLL_SECONDS)
-    raise ServiceError(
-        f"The DAG run did not end within {RUN_SECONDS:.0f} s",
-        where=run,
-        todo="Look at it in Airflow's pages.",
-    )
 
 
 def show_failed_tasks(airflow: httpx.Client, run: str, console: Console) -> None:

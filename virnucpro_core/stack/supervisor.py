@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
@@ -34,6 +35,8 @@ from virnucpro_core.stack.processes import (
 
 LONGEST_SOCKET_NAME = 96  # bytes; the kernel takes 107, and supervisord appends its process id for a moment
 ENDED = ("FATAL", "EXITED", "STOPPED", "UNKNOWN")
+START_RETRIES = 1_000_000  # supervisord's default of 3 would end a service for good in an outage of 15 s
+FIRST_START_SECONDS = 5.0  # beyond its `settle_seconds`; what four tries of a program take that ends at once
 
 log = structlog.get_logger()
 
@@ -46,7 +49,8 @@ class Program:
         group: programs of one group stop together; the group "servers" stops last.
         stop_seconds: after the stop signal, before SIGKILL to the whole process group.
         signal_children: whether its children get the stop signal too, rather than from their parent.
-        settle_seconds: one that ends sooner after its start is tried again a few times, then given up.
+        settle_seconds: one that ends sooner after its start waits before it is started again, a second longer
+            each time.
     """
 
     name: str
@@ -67,6 +71,8 @@ class Supervisor:
         self.configuration = self.folder / "supervisord.conf"
         self.socket = self.folder / SOCKET
         self.groups: dict[str, str] = {}
+        self.settle_seconds: dict[str, int] = {}
+        self.first_start_ends: dict[str, float] = {}
         self.process: subprocess.Popen[bytes] | None = None
 
     def log_of(self, program: str) -> Path:
@@ -91,8 +97,10 @@ class Supervisor:
                 where=str(self.folder),
                 todo="Move the project, or name a state folder nearer to the root.",
             )
+        programs = list(programs)
+        self.settle_seconds = {program.name: program.settle_seconds for program in programs}
         self.log_of("supervisord").parent.mkdir(exist_ok=True)
-        write_private(self.configuration, self._describe(list(programs), working_folder))
+        write_private(self.configuration, self._describe(programs, working_folder))
         argv = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self.configuration)]
         with self.log_of("supervisord").open("ab") as output:
             self.process = process = subprocess.Popen(
@@ -124,14 +132,23 @@ class Supervisor:
         """Start a program; `states` tells what became of it."""
         wait = False
         self._ask("startProcess", self._full_name(program), wait)
+        seconds = self.settle_seconds[program] + FIRST_START_SECONDS
+        self.first_start_ends[program] = time.monotonic() + seconds
 
     def states(self) -> dict[str, str]:
         """Each program's state: STOPPED, STARTING, RUNNING, BACKOFF, STOPPING, EXITED, FATAL, UNKNOWN."""
         return {info["name"]: info["statename"] for info in self._ask("getAllProcessInfo")}
 
     def is_alive(self, program: str) -> bool:
-        """Whether a program runs or is being started."""
-        return self.states()[program] not in ENDED
+        """Whether a program runs or is being started.
+
+        One that we started, and that still fails when `FIRST_START_SECONDS` are over, counts as ended: whoever
+        waits for it gives it up. supervisord itself tries for ever, so that what was up once outlives an outage.
+        """
+        state = self.states()[program]
+        if state == "BACKOFF":
+            return time.monotonic() < self.first_start_ends.get(program, math.inf)
+        return state not in ENDED
 
     def pid(self, program: str) -> int:
         """The process id of a program, 0 where it does not run."""
@@ -207,6 +224,7 @@ class Supervisor:
                 "autostart": "false",
                 "autorestart": "true",
                 "startsecs": str(program.settle_seconds),
+                "startretries": str(START_RETRIES),
                 "stopsignal": program.stop_signal.name.removeprefix("SIG"),
                 "stopwaitsecs": str(program.stop_seconds),
                 "stopasgroup": str(program.signal_children).lower(),

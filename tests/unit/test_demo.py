@@ -1,0 +1,59 @@
+"""How `make run` follows its run: for as long as there is progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from io import StringIO
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from rich.console import Console
+
+from virnucpro_core.errors import ServiceError
+from virnucpro_core.stack import demo
+
+pytestmark = pytest.mark.unit
+
+Follow = Callable[..., str]
+LOOKS = 40
+
+
+def job(**columns: Any) -> SimpleNamespace:
+    """A job as the ledger shows it."""
+    shown = {"id": 1, "state": "running", "stage": "extract", "chunks_left": 9, "records": 90}
+    return SimpleNamespace(**shown | {"embeddings": 0, "failed": 0} | columns)
+
+
+@pytest.fixture
+def follow(monkeypatch: pytest.MonkeyPatch) -> Follow:
+    """Follows a run that ends after `LOOKS` looks, with fakes of Airflow and of the ledger, on no standstill at all."""
+
+    def run(jobs: Iterator[SimpleNamespace | None]) -> str:
+        states = iter(["running"] * (LOOKS - 1) + ["success"])
+        answers = httpx.MockTransport(lambda _: httpx.Response(200, json={"state": next(states)}))
+        monkeypatch.setattr(demo, "POLL_SECONDS", 0)
+        monkeypatch.setattr(demo, "find_demo_job", lambda ledger, sha256: next(jobs))
+        console = Console(file=StringIO())
+        with httpx.Client(transport=answers, base_url="http://airflow") as airflow:
+            return demo.follow(airflow, "one", None, "a" * 64, console, standstill_seconds=0)  # type: ignore[arg-type]
+
+    return run
+
+
+@pytest.mark.parametrize("column", ["embeddings", "failed", "chunks_left"])
+def test_a_run_may_take_any_time_while_there_is_progress(follow: Follow, column: str) -> None:
+    assert follow(job(**{column: number}) for number in range(LOOKS)) == "success"
+
+
+def test_a_job_that_appears_and_changes_stage_and_state_is_progress(follow: Follow) -> None:
+    merging = job(stage="merge")
+    ways = [None, job(), merging, job(stage="validate"), job(stage="validate", state="succeeded")]
+    assert follow(ways[look % len(ways)] for look in range(LOOKS)) == "success"
+
+
+@pytest.mark.parametrize("seen", [None, job(embeddings=5)])
+def test_standstill_is_an_error(follow: Follow, seen: SimpleNamespace | None) -> None:
+    with pytest.raises(ServiceError, match=r"no progress for 0 s \[one\]"):
+        follow(seen for _ in range(LOOKS))
