@@ -34,6 +34,11 @@ VISIBILITY_TIMEOUT = 24 * 3600
 """Seconds after which the broker sends an unacknowledged message again. Longer than any task, or it would
 send what is still being worked on. Recovery does not wait for it: that goes by the ledger's leases."""
 
+SOCKET_TIMEOUT = 5.0
+"""Seconds that a broker may hang before it counts as away: one that is stopped, or behind a dead route, closes
+no connection. Above the second within which BRPOP is answered; far below the database's `IDLE_TIMEOUT`, as the
+relay publishes inside a transaction."""
+
 TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "workers.transport:Transport"))
 
 
@@ -50,7 +55,8 @@ def configuration(settings: Settings) -> dict[str, Any]:
             "global_keyprefix": KEY_PREFIX,
             "visibility_timeout": VISIBILITY_TIMEOUT,
             "socket_keepalive": True,
-            "socket_connect_timeout": 10,
+            "socket_timeout": SOCKET_TIMEOUT,
+            "socket_connect_timeout": SOCKET_TIMEOUT,
         },
         "accept_content": ["json"],
         "task_serializer": "json",

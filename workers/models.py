@@ -28,7 +28,7 @@ class ModelKeeper:
 
         Raises:
             WeightsError: the model is missing here, or is not the one that was registered.
-            ExecutionError: this device cannot compute in the recipe's dtype.
+            ExecutionError: this device cannot compute in the recipe's dtype, or has no memory left for the model.
         """
         from virnucpro_core.embedding.loading import load_fast_esm
 

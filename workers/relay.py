@@ -163,6 +163,8 @@ class Relay:
                 argsrepr=message.title,
                 queue=message.queue,
                 ignore_result=True,
+                # The next turn does. Meanwhile this transaction must not wait longer than `IDLE_TIMEOUT`.
+                retry=False,
             )
             with about(job=message.job_id, chunk=message.chunk_id, stage=message.stage, title=message.title):
                 log.info("message_sent", queue=message.queue)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import Engine, make_url, text
 
 from tests import ledger_jobs
-from virnucpro_core.ledger.database import in_transaction, open_ledger
+from virnucpro_core.ledger.database import IDLE_TIMEOUT, in_transaction, open_ledger
 from virnucpro_core.ledger.suspects import HOPELESS_DEATHS
 from virnucpro_core.settings import load_settings
 from virnucpro_core.stack.processes import Secrets, choose_port
@@ -226,6 +227,34 @@ def test_broker_that_is_away_loses_no_message(
             celery.close()
     finally:
         relay.ledger.dispose()
+
+
+def test_broker_that_hangs_is_away_until_it_goes_on(
+    pipeline: Pipeline, small_fasta: Path, tmp_path: Path
+) -> None:
+    """A stopped broker closes no connection, and the relay must not wait for it inside its transaction."""
+    server = ValkeyServer(tmp_path / "valkey", choose_port(), Secrets(tmp_path / "secrets"))
+    server.prepare()
+    pipeline.configure(broker_url=server.url(), window_per_worker=2)
+    with server.process(tmp_path / "valkey.log") as process:
+        process.start(server.is_ready)
+        relay = pipeline.start_relay()
+        pipeline.submit(small_fasta)
+        with redis.Redis.from_url(server.url()) as client:
+            pipeline.wait_until(lambda: queued(client) == 2)
+        assert process.process is not None
+        process.process.send_signal(signal.SIGSTOP)
+        worker = in_transaction(pipeline.ledger, ledger_jobs.start_worker)
+        (first, *_) = in_transaction(pipeline.ledger, ledger_jobs.pending_chunks, 1)
+        in_transaction(pipeline.ledger, ledger_jobs.claim, first, worker)  # makes room for another
+        pipeline.wait_until(lambda: "broker_away" in relay.log.read_text(), seconds=IDLE_TIMEOUT)
+        process.process.send_signal(signal.SIGCONT)
+        with redis.Redis.from_url(server.url()) as client:
+            pipeline.wait_until(lambda: queued(client) >= 3)
+        published = "SELECT 1 FROM outbox WHERE published_at IS NOT NULL HAVING count(*) = 2"
+        pipeline.wait_until(lambda: pipeline.rows(published))
+        assert "ledger_away" not in relay.log.read_text()
+        relay.stop()
 
 
 def test_second_relay_waits_until_the_first_is_gone(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
+import torch
 from sqlalchemy import Connection, text
 
 from tests import ledger_jobs
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
 pytest_plugins = ["tests.fixtures_pipeline"]
 
+Start = Callable[[], WorkerProcess]
+
 
 @pytest.fixture
-def start(pipeline: Pipeline) -> Iterator[Callable[[], WorkerProcess]]:
+def start(pipeline: Pipeline) -> Iterator[Start]:
     """Starts a child that takes extract chunks."""
     started: list[WorkerProcess] = []
 
@@ -62,7 +66,7 @@ def broken_writer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_error_while_writing_ends_the_process(
-    pipeline: Pipeline, small_fasta: Path, broken_writer: None, start: Callable[[], WorkerProcess]
+    pipeline: Pipeline, small_fasta: Path, broken_writer: None, start: Start
 ) -> None:
     first, second, *_ = submit(pipeline, small_fasta)
     process = start()
@@ -76,7 +80,7 @@ def test_unknown_error_while_writing_ends_the_process(
 
 
 def test_unknown_error_while_writing_is_told_at_the_end(
-    pipeline: Pipeline, small_fasta: Path, broken_writer: None, start: Callable[[], WorkerProcess]
+    pipeline: Pipeline, small_fasta: Path, broken_writer: None, start: Start
 ) -> None:
     first, *_ = submit(pipeline, small_fasta)
     process = start()
@@ -87,7 +91,7 @@ def test_unknown_error_while_writing_is_told_at_the_end(
 
 
 @pytest.fixture
-def unfit(pipeline: Pipeline, tmp_path: Path, start: Callable[[], WorkerProcess]) -> WorkerProcess:
+def unfit(pipeline: Pipeline, tmp_path: Path, start: Start) -> WorkerProcess:
     """A child on a host where the model is missing."""
     pipeline.configure(model_root=tmp_path / "models", max_attempts=2)
     return start()
@@ -125,8 +129,55 @@ def test_chunk_that_no_worker_takes_fails(
     assert "there is no model" in chunk_row(pipeline, first).error
 
 
+def accelerator_error(code: int) -> torch.AcceleratorError:
+    """As torch raises it when CUDA itself fails."""
+    error = torch.AcceleratorError("CUDA error")
+    error.error_code = code
+    return error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), accelerator_error(2)])
+def test_model_that_does_not_fit_is_the_reason_kept_with_the_chunk(
+    error: Exception, pipeline: Pipeline, small_fasta: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another program holds the GPU's memory."""
+    first, *_ = submit(pipeline, small_fasta)
+    process = start()
+    halves = []
+
+    def load_half(encoder: torch.nn.Module, _: object) -> None:
+        halves.append(weakref.ref(encoder))
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("virnucpro_core.embedding.loading.fill_encoder", load_half)
+        process.run("extract", first)
+        assert halves[0]() is None, "it must not keep what others need"
+        assert chunk_row(pipeline, first)[:2] == ("pending", 1)
+        assert f"no memory for the model: {error!s} [cpu]. End " in chunk_row(pipeline, first).error
+        in_transaction(pipeline.ledger, ledger_jobs.start_worker)
+        process.run("extract", first)
+        assert chunk_row(pipeline, first)[:2] == ("pending", 1), "another worker may have more"
+    assert "a worker said: there is no memory" in chunk_row(pipeline, first).error
+    process.run("extract", first)
+    pipeline.wait_until(lambda: chunk_row(pipeline, first) == ("done", 2, None))
+
+
+def test_device_that_is_broken_ends_the_process_that_loads_a_model(
+    pipeline: Pipeline, small_fasta: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *_ = submit(pipeline, small_fasta)
+
+    def break_device(*_: object) -> None:
+        raise accelerator_error(700)
+
+    monkeypatch.setattr("virnucpro_core.embedding.loading.fill_encoder", break_device)
+    with pytest.raises(SystemExit):
+        start().run("extract", first)
+
+
 def test_input_that_cannot_be_read_for_a_while_is_tried_again(
-    pipeline: Pipeline, small_fasta: Path, start: Callable[[], WorkerProcess]
+    pipeline: Pipeline, small_fasta: Path, start: Start
 ) -> None:
     first, *_ = submit(pipeline, small_fasta)
     away = small_fasta.rename(small_fasta.with_suffix(".away"))
@@ -141,7 +192,7 @@ def test_input_that_cannot_be_read_for_a_while_is_tried_again(
 
 
 def test_new_child_and_the_reaper_wait_for_no_lock(
-    pipeline: Pipeline, small_fasta: Path, start: Callable[[], WorkerProcess]
+    pipeline: Pipeline, small_fasta: Path, start: Start
 ) -> None:
     """A process that hangs inside a transaction holds its job, and no worker shall wait behind it unseen."""
     first, *_ = submit(pipeline, small_fasta)
@@ -168,10 +219,7 @@ def suspect(pipeline: Pipeline, chunk: int, deaths: int) -> None:
 
 
 def test_suspect_is_embedded_when_nothing_else_can_die_with_it(
-    pipeline: Pipeline,
-    small_fasta: Path,
-    start: Callable[[], WorkerProcess],
-    monkeypatch: pytest.MonkeyPatch,
+    pipeline: Pipeline, small_fasta: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second, *_ = submit(pipeline, small_fasta)
     suspect(pipeline, second, deaths=1)
@@ -198,7 +246,7 @@ def test_suspect_is_embedded_when_nothing_else_can_die_with_it(
 
 
 def test_chunk_that_killed_twice_is_halved_and_not_embedded(
-    pipeline: Pipeline, small_fasta: Path, start: Callable[[], WorkerProcess]
+    pipeline: Pipeline, small_fasta: Path, start: Start
 ) -> None:
     first, *others = submit(pipeline, small_fasta)
     (whole,) = pipeline.rows("SELECT records FROM chunks WHERE id = :chunk", chunk=first)
@@ -217,9 +265,7 @@ def test_chunk_that_killed_twice_is_halved_and_not_embedded(
         assert chunk_row(pipeline, half.id).state == "done"
 
 
-def test_record_that_killed_alone_is_a_failure(
-    pipeline: Pipeline, tmp_path: Path, start: Callable[[], WorkerProcess]
-) -> None:
+def test_record_that_killed_alone_is_a_failure(pipeline: Pipeline, tmp_path: Path, start: Start) -> None:
     path = tmp_path / "inbox" / "one.fasta"
     path.write_text(">one of one\nMKVLAG\n")
     (chunk,) = submit(pipeline, path)
@@ -256,7 +302,7 @@ def test_result_that_comes_too_late_is_dropped_and_counted_if_another_has_its_ch
     counted: float,
     pipeline: Pipeline,
     small_fasta: Path,
-    start: Callable[[], WorkerProcess],
+    start: Start,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first, *_ = submit(pipeline, small_fasta)
@@ -276,9 +322,7 @@ def test_result_that_comes_too_late_is_dropped_and_counted_if_another_has_its_ch
     assert (tallies.total("duplicates"), tallies.total("sequences")) == (counted, 0)
 
 
-def test_work_is_tallied_as_it_was_done(
-    pipeline: Pipeline, small_fasta: Path, start: Callable[[], WorkerProcess]
-) -> None:
+def test_work_is_tallied_as_it_was_done(pipeline: Pipeline, small_fasta: Path, start: Start) -> None:
     """A CPU computes each sequence alone: no padding."""
     process = start()
     for chunk in submit(pipeline, small_fasta):

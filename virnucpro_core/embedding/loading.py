@@ -6,7 +6,9 @@ import hashlib
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +45,8 @@ log = structlog.get_logger()
 ModelSource = str | os.PathLike[str] | nn.Module | FastEsm
 """What a caller may name as a model."""
 
+CUDA_NO_MEMORY = 2  # cudaErrorMemoryAllocation
+
 
 def load_fast_esm(
     model: ModelSource,
@@ -62,23 +66,47 @@ def load_fast_esm(
 
     Raises:
         WeightsError: the weights are missing, incomplete, or not FastESM2.
-        ExecutionError: the device is missing or cannot compute in `dtype`, or FP8 has not passed the selftest.
+        ExecutionError: the device is missing, cannot compute in `dtype` or has no memory left for the model, or FP8
+            has not passed the selftest.
     """
     if isinstance(model, FastEsm):
         return _check_loaded(model, device, dtype)
     place, precision = choose_device(device, dtype)
-    if isinstance(model, nn.Module):
+    with _explained_memory(place):
+        if isinstance(model, nn.Module):
+            if precision == "fp8":
+                raise ExecutionError(
+                    "FP8 needs a checkpoint that passed its selftest",
+                    where=type(model).__name__,
+                    todo="Name the checkpoint's folder instead of a module.",
+                )
+            return build_model(adopt_weights(model), place, precision)
+        checkpoint = find_checkpoint(model, revision)
         if precision == "fp8":
-            raise ExecutionError(
-                "FP8 needs a checkpoint that passed its selftest",
-                where=type(model).__name__,
-                todo="Name the checkpoint's folder instead of a module.",
-            )
-        return build_model(adopt_weights(model), place, precision)
-    checkpoint = find_checkpoint(model, revision)
-    if precision == "fp8":
-        _check_accepted(checkpoint, place)
-    return build_model(open_weights(checkpoint), place, precision)
+            _check_accepted(checkpoint, place)
+        return build_model(open_weights(checkpoint), place, precision)
+
+
+@contextmanager
+def _explained_memory(device: torch.device) -> Iterator[None]:
+    """Says in words that a model did not fit, and frees what was loaded of it.
+
+    Any other error of a GPU is raised as it is: it may stick to the process, which should end of it.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        # Where not even CUDA's own context fits, there is no allocator yet to say it.
+        code = getattr(error, "error_code", None)
+        if isinstance(error, torch.AcceleratorError) and code != CUDA_NO_MEMORY:
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors for as long as the error lives
+        torch.cuda.empty_cache()
+        raise ExecutionError(
+            f"there is no memory for the model: {str(error).partition(chr(10))[0]}",
+            where=str(device),
+            todo="End what else uses this GPU (nvidia-smi lists it), or use another one.",
+        ) from error
 
 
 def choose_device(device: str | torch.device | None, dtype: Dtype | None) -> tuple[torch.device, Dtype]:

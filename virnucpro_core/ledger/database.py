@@ -24,6 +24,7 @@ CONNECT_TIMEOUT = 10  # seconds
 IDLE_TIMEOUT = 20  # seconds a transaction may wait for its client: a stopped process must not keep its locks
 SERIALIZATION_FAILURE, DEADLOCK_DETECTED = "40001", "40P01"
 UNDEFINED_TABLE, INVALID_PASSWORD, INVALID_CATALOG = "42P01", "28P01", "3D000"
+IDLE_TOO_LONG, READ_ONLY = "25P03", "25006"  # InternalError to the driver, as if they were its own bugs
 
 
 def open_ledger(url: str) -> Engine:
@@ -50,7 +51,7 @@ def in_transaction(
     """Run `function(connection, ...)` in one transaction, again if PostgreSQL found a deadlock.
 
     Raises:
-        ServiceError: if the database cannot be reached, refuses us, or lacks our tables.
+        ServiceError: if the database cannot be reached, refuses us, drops us, takes no writes, or lacks our tables.
     """
     try:
         for attempt in Retrying(
@@ -62,6 +63,9 @@ def in_transaction(
             with attempt, ledger.begin() as connection:
                 return function(connection, *args, **kwargs)
     except DBAPIError as error:
+        if sqlstate(error) == READ_ONLY:
+            # An old primary: its connections would lead there for ever, new ones may find its successor.
+            ledger.dispose()
         explained = explain(error, ledger)
         if explained is None:
             raise
@@ -85,7 +89,17 @@ def explain(error: DBAPIError, ledger: Engine) -> ServiceError | None:
         return ServiceError(
             "the ledger's tables are missing", where=where, todo="Run `virnucpro db upgrade`."
         )
-    if not isinstance(error, OperationalError):
+    if sqlstate(error) == READ_ONLY:
+        return ServiceError(
+            f"PostgreSQL takes no writes: {said}", where=where, todo="Let the URL lead to the primary server."
+        )
+    if sqlstate(error) == IDLE_TOO_LONG:
+        return ServiceError(
+            f"PostgreSQL ended a transaction that waited too long: {said}",
+            where=where,
+            todo="Look for a process that was stopped, or for what it waited for.",
+        )
+    if not (isinstance(error, OperationalError) or error.connection_invalidated):
         return None
     if sqlstate(error) == INVALID_PASSWORD or "password authentication failed" in said:
         return ServiceError(
