@@ -290,8 +290,18 @@ def test_job_from_submission_to_repair(
     ]
     assert (verified["passed"], verified["files"]) == (True, len(artifacts) + len(published))
 
-    # a flipped byte in a chunk, and a published file gone
+    # a chunk that cannot be read may be intact: it is told, and nothing is done
     damaged = next(artifact.path for artifact in artifacts if artifact.stage == "extract")
+    (root / damaged).rename(root / "aside")
+    (root / damaged).symlink_to(root / damaged)
+    ended = virnucpro("verify", job)
+    assert (ended.code, f"{damaged}: it cannot be read" in ended.out) == (6, True)
+    ended = virnucpro("retry", job, "--verify")
+    assert (ended.code, "nothing was changed" in ended.err) == (5, True)
+    assert pipeline.job(job).state == "succeeded"
+    (root / "aside").replace(root / damaged)
+
+    # a flipped byte in a chunk, and a published file gone
     flip_byte(root / damaged)
     (folder / "small_ESM.pt").unlink()
     ended = virnucpro("verify", job)
