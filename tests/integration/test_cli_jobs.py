@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from sqlalchemy import Connection, text
 
 from tests import ledger_jobs
 from virnucpro_core.ledger.database import in_transaction
@@ -245,6 +246,26 @@ def test_interrupted_wait_leaves_the_job_running(
     assert ended.code == 130
     assert "The jobs go on" in ended.err
     assert [job["state"] for job in virnucpro("status", "--json").json()] == ["running"]
+
+
+def test_nucleotides_of_another_file_with_the_same_content_fail_that_file_alone(
+    pipeline: Pipeline, virnucpro: Command, small_fasta: Path
+) -> None:
+    copy = Path(shutil.copy(small_fasta, small_fasta.with_name("copy.fasta")))
+    job = pipeline.submit(small_fasta).job_id
+    pipeline.submit(copy)
+
+    def finish(tx: Connection) -> None:
+        ledger_jobs.run_job(tx, job, ledger_jobs.start_worker(tx))
+        tx.execute(
+            text("UPDATE submissions SET error = 'ids do not match' WHERE path = :path"), {"path": str(copy)}
+        )
+
+    in_transaction(pipeline.ledger, finish)
+    options = ("--model", MODEL, "--wait")
+    assert virnucpro("submit", small_fasta, *options).code == 0
+    ended = virnucpro("submit", copy, *options)
+    assert (ended.code, "nucleotides were not merged: ids do not match" in ended.err) == (1, True)
 
 
 def test_job_from_submission_to_repair(
