@@ -16,6 +16,7 @@ from virnucpro_core.ledger.transitions import MERGE
 from virnucpro_core.reports import report_job
 
 FAULTS_NAMED = 20  # in an error's text; the log has them all
+NO_REPORT = "it got no report: see its failed task"
 
 log = structlog.get_logger()
 
@@ -69,6 +70,16 @@ def report_file(tx: Connection, file: SubmittedFile, allowed_share: float) -> Fi
     return {"path": file["path"], "fault": fault, "job": facts}
 
 
+def explain_file(tx: Connection, file: SubmittedFile, allowed_share: float) -> FileReport:
+    """Report on a file whose own tasks did not, because one of them failed."""
+    try:
+        report = report_file(tx, file, allowed_share)
+    except JobError as error:
+        return {"path": file["path"], "fault": str(error), "job": {}}
+    state = report["job"].get("state")
+    return report if report["fault"] else report | {"fault": f"{NO_REPORT}; its job {state}"}
+
+
 def log_report(report: FileReport) -> None:
     """Say in the task's log what became of a file."""
     facts = {"job" if name == "id" else name: value for name, value in report["job"].items()}
@@ -94,7 +105,7 @@ def sum_up(asked: Sequence[str], reports: Iterable[FileReport]) -> None:
     """
     told = {report["path"]: report for report in reports}
     faults = {path: report["fault"] for path, report in told.items() if report["fault"]}
-    faults |= {path: "it got no report: see its failed task" for path in asked if path not in told}
+    faults |= {path: NO_REPORT for path in asked if path not in told}
     accepted = [report["job"] for path, report in told.items() if path not in faults]
     log.info(
         "%s of %s files are accepted: %s of %s records embedded",

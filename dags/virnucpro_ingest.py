@@ -23,7 +23,7 @@ from dags.connections import open_dag_ledger
 from dags.inbox import find_inputs, make_batches, name_batch
 from dags.links import DAG_ID
 from dags.notices import make_deadline, tell_failed
-from dags.reporting import FileReport, log_report, report_file, sum_up
+from dags.reporting import FileReport, explain_file, log_report, report_file, sum_up
 from dags.waiting import SubmittedFile, WaitForStage
 from virnucpro_core.errors import InputError, JobError, ServiceError
 from virnucpro_core.ledger.database import in_transaction
@@ -32,6 +32,7 @@ from virnucpro_core.ledger.transitions import EXTRACT, MERGE, VALIDATE
 from virnucpro_core.settings import load_settings
 
 FEATURES = Asset("virnucpro_features")
+REFUSED = "refused"  # what `register` leaves for `summary` when it fails
 
 ABOUT = """
 ### FASTA in, validated protein features out
@@ -135,7 +136,7 @@ def find_files(params: dict[str, Any] | None = None) -> list[list[str]]:
 
 @task(map_index_template="{{ name_batch(task.op_kwargs['batch']) }}")
 def register(
-    batch: list[str], params: dict[str, Any] | None = None, run_id: str | None = None
+    batch: list[str], params: dict[str, Any] | None = None, run_id: str | None = None, ti: Any = None
 ) -> list[SubmittedFile]:
     """Enter the files and their jobs into the ledger. One that cannot be used does not keep others out."""
     assert params is not None
@@ -174,6 +175,7 @@ def register(
                 )
                 files.append({"path": name, "job": job.job_id, "refused": ""})
     if len(errors) == len(batch):
+        ti.xcom_push(REFUSED, files)  # a task that fails returns nothing, and `summary` is to say why
         raise errors[0]
     return files
 
@@ -186,10 +188,8 @@ def report(
 ) -> list[FileReport]:
     """Report on the files, and tell those who follow the asset which features are new."""
     assert params is not None
-    share = params["max_failed_share"]
-    allowed_share = load_settings().max_failed_share if share is None else float(share)
     with open_dag_ledger() as ledger:
-        reports = [in_transaction(ledger, report_file, file, allowed_share) for file in files]
+        reports = [in_transaction(ledger, report_file, file, allowed_share(params)) for file in files]
     for one in reports:
         log_report(one)
     accepted = [one for one in reports if not one["fault"]]
@@ -202,11 +202,24 @@ def report(
 
 
 @task(trigger_rule=TriggerRule.ALL_DONE)
-def summary(batches: list[list[str]], ti: Any = None) -> None:
+def summary(batches: list[list[str]], params: dict[str, Any] | None = None, ti: Any = None) -> None:
     """Say what became of the run; fails if a file has no accepted result."""
-    # By a list of tasks Airflow gives a list; of one mapped task alone it would give the bare value.
-    told: list[list[FileReport] | None] = ti.xcom_pull(task_ids=["report"])
-    sum_up([path for batch in batches for path in batch], (one for batch in told if batch for one in batch))
+    assert params is not None
+
+    def pull(task_id: str, key: str = "return_value") -> list[Any]:
+        # By a list of tasks Airflow gives a list; of one mapped task alone it would give the bare value.
+        return [file for batch in ti.xcom_pull(task_ids=[task_id], key=key) if batch for file in batch]
+
+    reports: list[FileReport] = pull("report")
+    reported = {report["path"] for report in reports}
+    registered: list[SubmittedFile] = pull("register") + pull("register", REFUSED)
+    unreported = [file for file in registered if file["path"] not in reported]
+    if unreported:
+        with open_dag_ledger() as ledger:
+            reports += [
+                in_transaction(ledger, explain_file, file, allowed_share(params)) for file in unreported
+            ]
+    sum_up([path for batch in batches for path in batch], reports)
 
 
 @task_group(prefix_group_id=False)
@@ -220,6 +233,12 @@ def files(batch: Any) -> None:
         for stage in (EXTRACT, MERGE, VALIDATE)
     ]
     registered >> waits[0] >> waits[1] >> waits[2] >> report(files=registered)
+
+
+def allowed_share(params: dict[str, Any]) -> float:
+    """The share of a file's records that may fail: the form's, or else the configured one."""
+    share = params["max_failed_share"]
+    return load_settings().max_failed_share if share is None else float(share)
 
 
 def name_files(files: list[SubmittedFile]) -> str:

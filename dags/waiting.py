@@ -145,8 +145,10 @@ class WaitForStage(BaseOperator):
 
     def execute(self, context: Context) -> None:
         with open_dag_ledger() as ledger:
+            # Airflow tries a task again by itself, too: only a Clear grants it more tries than it began with.
+            cleared = context["ti"].max_tries > (self.retries or 0)
             for job in jobs_of(self.files):
-                mend(ledger, job, again=context["ti"].try_number > 1)
+                mend(ledger, job, again=cleared)
             self.wait(ledger, context)
 
     def resume_waiting(self, context: Context, event: object) -> None:  # noqa: ARG002 - the ledger knows better

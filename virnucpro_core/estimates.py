@@ -75,6 +75,14 @@ class Duration:
     hours_now: float | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DurationNow:
+    """Hours of computing on all `workers` that live now, on hosts that have a rate, side by side."""
+
+    hours: float
+    workers: int
+
+
 def estimate_file(
     path: Path,
     settings: Settings,
@@ -149,6 +157,21 @@ def find_durations(tx: Connection, settings: Settings, tokens: int, model: str |
 def durations_at(rate: Rate, tokens: int) -> Duration:
     hours = tokens / rate.tokens_per_second / 3600
     return Duration(rate=rate, hours=hours, hours_now=hours / rate.workers_now if rate.workers_now else None)
+
+
+def sum_up_now(durations: Sequence[Duration]) -> DurationNow | None:
+    """What the live workers of all these hosts take together; None if none lives.
+
+    Args:
+        durations: the newest first; of a host's older classes on the same kind of device, the workers that live
+            now are the same.
+    """
+    newest: dict[tuple[str, bool], Duration] = {}
+    for duration in durations:
+        newest.setdefault((duration.rate.host, duration.rate.execution["device"] == "cpu"), duration)
+    shares = [one.rate.workers_now / one.hours for one in newest.values()]
+    workers = sum(one.rate.workers_now for one in newest.values())
+    return DurationNow(hours=1 / sum(shares), workers=workers) if workers else None
 
 
 def free_bytes(folder: Path) -> int:

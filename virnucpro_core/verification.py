@@ -13,17 +13,31 @@ from virnucpro_core.errors import ArtifactError, ServiceError
 from virnucpro_core.features.files import hash_file
 from virnucpro_core.features.manifests import read_manifest
 from virnucpro_core.ledger.database import in_transaction
-from virnucpro_core.ledger.queries import ArtifactRow, artifacts_of, find_lost, get_job, submissions_of
+from virnucpro_core.ledger.queries import (
+    UNREADABLE_ADVICE,
+    ArtifactRow,
+    artifacts_of,
+    find_lost,
+    find_size,
+    get_job,
+    submissions_of,
+)
 from virnucpro_core.ledger.transitions import VALIDATE
 from virnucpro_core.ledger.work import FAILURES, JOBS, MANIFEST, MERGED, REPORT, SUFFIXES, file_name
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A file that is not as the ledger says; `path` is relative to the output root."""
+    """A file that is not as the ledger says, or cannot be compared with it.
+
+    Attributes:
+        path: relative to the output root.
+        readable: whether it could be looked at; one that could not may be intact, and does not count as lost.
+    """
 
     path: str
     what: str
+    readable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +61,20 @@ class Verification:
     def passed(self) -> bool:
         return not self.faults
 
+    def require_readable(self) -> None:
+        """Refuse to have files made again while others may be intact behind a fault of the file system.
+
+        Raises:
+            ServiceError: a file could not be read.
+        """
+        unread = [fault for fault in self.faults if not fault.readable]
+        if unread:
+            raise ServiceError(
+                f"{len(unread)} of job {self.job_id}'s files cannot be read",
+                where=f"{unread[0].path}: {unread[0].what}",
+                todo=UNREADABLE_ADVICE,
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class JobFiles:
@@ -67,19 +95,24 @@ class Reader:
 
     digests: dict[tuple[int, int], str] = field(default_factory=dict)
 
-    def compare(self, path: Path, expected: Collection[str]) -> str:
-        """How a file differs from what is expected; empty if its sha256 is one of `expected`."""
+    def compare(self, output_root: Path, name: str, expected: Collection[str]) -> Fault | None:
+        """How a file differs from what is expected; None if its sha256 is one of `expected`."""
+        path = output_root / name
         try:
             status = path.stat()
             inode = (status.st_dev, status.st_ino)
             if inode not in self.digests:
                 self.digests[inode] = hash_file(path)
-        except FileNotFoundError:
-            return "it is missing"
         except (OSError, ArtifactError) as error:
-            return f"it cannot be read: {error}"
+            cause = error.__cause__ if isinstance(error, ArtifactError) else error
+            if isinstance(cause, FileNotFoundError):
+                return Fault(name, "it is missing")
+            # An ArtifactError without a cause tells of the bytes: the file was cut short while it was read.
+            return Fault(name, f"it cannot be read: {error}", readable=cause is None)
         found = self.digests[inode]
-        return "" if found in expected else f"its sha256 is {found}, which is not what was recorded"
+        if found in expected:
+            return None
+        return Fault(name, f"its sha256 is {found}, which is not what was recorded")
 
 
 def verify_job(
@@ -97,15 +130,15 @@ def verify_job(
     files = in_transaction(ledger, find_files, output_root, job_id)
     total = sum(artifact.bytes for artifact in files.artifacts)
     reader = Reader()
-    faults: dict[str, str] = {}
+    faults: dict[str, Fault | None] = {}
     done = 0
     for artifact in files.artifacts:
-        faults[artifact.path] = reader.compare(output_root / artifact.path, {artifact.sha256})
+        faults[artifact.path] = reader.compare(output_root, artifact.path, {artifact.sha256})
         done += artifact.bytes
         if on_progress is not None:
             on_progress(done, total)
     for path, expected in files.published.items():
-        faults[path] = reader.compare(output_root / path, expected)
+        faults[path] = reader.compare(output_root, path, expected)
     return conclude(job_id, files, faults)
 
 
@@ -118,8 +151,14 @@ def look_at_job(ledger: Engine, output_root: Path, job_id: int) -> Verification:
     """
     files = in_transaction(ledger, find_files, output_root, job_id)
     lost = set(find_lost(files.artifacts, output_root))
-    faults = {a.path: "it is missing or has another size" if a.id in lost else "" for a in files.artifacts}
-    faults |= {path: "" if (output_root / path).is_file() else "it is missing" for path in files.published}
+    faults = {
+        a.path: Fault(a.path, "it is missing or has another size") if a.id in lost else None
+        for a in files.artifacts
+    }
+    faults |= {
+        path: Fault(path, "it is missing") if find_size(output_root / path) is None else None
+        for path in files.published
+    }
     return conclude(job_id, files, faults)
 
 
@@ -163,17 +202,18 @@ def require_output(output_root: Path) -> None:
         )
 
 
-def conclude(job_id: int, files: JobFiles, faults: dict[str, str]) -> Verification:
+def conclude(job_id: int, files: JobFiles, faults: dict[str, Fault | None]) -> Verification:
     """Sum up what was found per path. Published files are mended by validating, and so publishing, again."""
-    publish_again = any(faults[path] for path in files.published)
+    lost = {path for path, fault in faults.items() if fault is not None and fault.readable}
+    publish_again = not lost.isdisjoint(files.published)
     return Verification(
         job_id=job_id,
         files=len(faults),
         bytes=sum(artifact.bytes for artifact in files.artifacts),
-        faults=tuple(Fault(path, what) for path, what in faults.items() if what),
+        faults=tuple(fault for fault in faults.values() if fault is not None),
         lost=tuple(
             artifact.id
             for artifact in files.artifacts
-            if faults[artifact.path] or (publish_again and artifact.stage == VALIDATE)
+            if artifact.path in lost or (publish_again and artifact.stage == VALIDATE)
         ),
     )

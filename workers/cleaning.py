@@ -13,7 +13,7 @@ from virnucpro_core.errors import VirnucproError
 from virnucpro_core.features.files import remove_abandoned
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.queries import artifacts_of
-from virnucpro_core.ledger.retention import expired_jobs, needed_spools, remove_chunks
+from virnucpro_core.ledger.retention import expired_jobs, needed_spools, remove_chunks, removed_folder
 from virnucpro_core.ledger.transitions import EXTRACT
 from virnucpro_core.ledger.work import Work, job_folder
 from virnucpro_core.settings import Settings
@@ -70,9 +70,21 @@ def remove_expired(ledger: Engine, settings: Settings) -> None:
         for job in in_transaction(ledger, expired_jobs, keep_days=settings.keep_chunks_days):
             removed = in_transaction(ledger, remove_chunks, job, output_root(settings))
             log.info("chunks_removed", job=job, files=removed)
+        empty_removed(settings)
         remove_spools(ledger, settings)
     except (OSError, VirnucproError) as error:
         log.warning("cleaning_stopped", reason=str(error))
+
+
+def empty_removed(settings: Settings) -> None:
+    """Delete what was set aside to be removed, also by those who died before they had deleted it."""
+    for folder in removed_folder(output_root(settings)).glob("*"):
+        try:
+            shutil.rmtree(folder)
+        except FileNotFoundError:
+            continue  # another worker deletes it, too
+        except OSError as error:
+            log.warning("removed_folder_kept", folder=str(folder), reason=error.strerror)
 
 
 def remove_spools(ledger: Engine, settings: Settings) -> None:

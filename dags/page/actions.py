@@ -68,6 +68,8 @@ def stream_verification(request: Request, ledger: Engine, job_id: int, *, by: st
     def conclude(reading: asyncio.Future[Verification]) -> str:
         try:
             found = reading.result()
+            if mend:
+                found.require_readable()
             resumed = in_transaction(ledger, resume, job_id, found.lost) if mend else None
             if resumed is not None:
                 log.info("a person has files made again", job=job_id, user=by, files=len(found.lost))

@@ -214,7 +214,7 @@ def test_inbox_with_a_bad_file_gives_the_good_ones_and_names_the_bad_one(
     assert states["summary", -1] == "failed"
     assert house.tasks(run)["register", 2]["try_number"] == 1, "an input error was tried again"
     log = ask(house.airflow, "GET", f"{DAG}/dagRuns/{run}/taskInstances/summary/logs/1")
-    assert str(bad) in json.dumps(log)
+    assert f"{bad}: the file is empty" in json.dumps(log), "the summary names the file, and says why"
     tab = house.airflow.get(
         house.airflow.base_url.copy_with(path="/virnucpro/run"), params={"run_id": run}
     ).text

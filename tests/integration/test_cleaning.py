@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
 from tests import ledger_jobs as jobs
-from virnucpro_core.ledger import queries
+from virnucpro_core.ledger import queries, retention
 from virnucpro_core.ledger.database import in_transaction, open_ledger
 from virnucpro_core.ledger.jobs import resume
+from virnucpro_core.ledger.retention import remove_chunks
 from virnucpro_core.settings import load_settings
 from virnucpro_core.stack.postgres import LedgerUrls
+from virnucpro_core.verification import look_at_job
+from workers import cleaning
 from workers.cleaning import remove_expired
 
 pytestmark = pytest.mark.integration
@@ -71,6 +76,50 @@ def test_chunks_stay_for_the_days_that_the_setting_says(owner: Engine, worker: E
     assert all(path.exists() for path in files_of(owner, job_id))
     lost = queries.find_lost(in_transaction(owner, queries.artifacts_of, job_id), load_settings().output_root)
     assert lost == [], "what was removed on purpose is not lost"
+
+
+def test_cleaning_that_died_before_its_commit_has_nothing_computed_again(
+    owner: Engine, worker: Engine, job_id: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish_earlier(owner, days=8)
+    removed = retention.removed_folder(load_settings().output_root)
+
+    def remove_and_die(tx: Connection, *args: Any) -> None:
+        remove_chunks(tx, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(cleaning, "remove_chunks", remove_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            remove_expired(worker, load_settings())
+    found = look_at_job(owner, load_settings().output_root, job_id)
+    assert len(found.lost) == len(files_of(owner, job_id, "extract")) > 0
+    resumed = in_transaction(owner, resume, job_id, found.lost)
+    assert (resumed.lost, resumed.waiting) == (0, 0)
+    assert in_transaction(owner, queries.get_job, job_id).state == "succeeded"
+    assert files_of(owner, job_id, "extract") == []
+    assert len(list(removed.iterdir())) == 1
+    remove_expired(worker, load_settings())
+    assert list(removed.iterdir()) == []
+
+
+def test_cleaning_that_died_after_its_commit_is_ended_by_the_next(
+    owner: Engine, worker: Engine, job_id: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish_earlier(owner, days=8)
+    removed = retention.removed_folder(load_settings().output_root)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            remove_expired(worker, load_settings())
+    assert files_of(owner, job_id, "extract") == []
+    assert len(list(removed.iterdir())) == 1
+    remove_expired(worker, load_settings())
+    assert list(removed.iterdir()) == []
 
 
 def test_chunks_of_a_job_that_runs_again_stay(owner: Engine, worker: Engine, job_id: int) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from sqlalchemy import Connection, text
 
 from tests import ledger_jobs
 from virnucpro_core.ledger.database import in_transaction
@@ -200,6 +201,26 @@ def test_interrupted_wait_leaves_the_job_running(
     assert [job["state"] for job in virnucpro("status", "--json").json()] == ["running"]
 
 
+def test_nucleotides_of_another_file_with_the_same_content_fail_that_file_alone(
+    pipeline: Pipeline, virnucpro: Command, small_fasta: Path
+) -> None:
+    copy = Path(shutil.copy(small_fasta, small_fasta.with_name("copy.fasta")))
+    job = pipeline.submit(small_fasta).job_id
+    pipeline.submit(copy)
+
+    def finish(tx: Connection) -> None:
+        ledger_jobs.run_job(tx, job, ledger_jobs.start_worker(tx))
+        tx.execute(
+            text("UPDATE submissions SET error = 'ids do not match' WHERE path = :path"), {"path": str(copy)}
+        )
+
+    in_transaction(pipeline.ledger, finish)
+    options = ("--model", MODEL, "--wait")
+    assert virnucpro("submit", small_fasta, *options).code == 0
+    ended = virnucpro("submit", copy, *options)
+    assert (ended.code, "nucleotides were not merged: ids do not match" in ended.err) == (1, True)
+
+
 def test_job_from_submission_to_repair(
     pipeline: Pipeline, virnucpro: Command, small_fasta: Path, tmp_path: Path
 ) -> None:
@@ -243,8 +264,18 @@ def test_job_from_submission_to_repair(
     ]
     assert (verified["passed"], verified["files"]) == (True, len(artifacts) + len(published))
 
-    # a flipped byte in a chunk, and a published file gone
+    # a chunk that cannot be read may be intact: it is told, and nothing is done
     damaged = next(artifact.path for artifact in artifacts if artifact.stage == "extract")
+    (root / damaged).rename(root / "aside")
+    (root / damaged).symlink_to(root / damaged)
+    ended = virnucpro("verify", job)
+    assert (ended.code, f"{damaged}: it cannot be read" in ended.out) == (6, True)
+    ended = virnucpro("retry", job, "--verify")
+    assert (ended.code, "nothing was changed" in ended.err) == (5, True)
+    assert pipeline.job(job).state == "succeeded"
+    (root / "aside").replace(root / damaged)
+
+    # a flipped byte in a chunk, and a published file gone
     flip_byte(root / damaged)
     (folder / "small_ESM.pt").unlink()
     ended = virnucpro("verify", job)

@@ -19,13 +19,14 @@ from airflow.sdk.exceptions import ParamValidationError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine
+from structlog.testing import capture_logs
 
 from dags import virnucpro_ingest as ingest
 from dags.inbox import BATCHES, find_inputs, make_batches, name_batch
 from dags.reporting import FileReport, sum_up
 from tests import ledger_jobs as jobs
 from virnucpro_core.errors import InputError, JobError, ServiceError, SettingsError
-from virnucpro_core.ledger import queries
+from virnucpro_core.ledger import queries, transitions
 from virnucpro_core.ledger.database import in_transaction, open_ledger
 from virnucpro_core.stack.programs import PROJECT
 
@@ -70,14 +71,33 @@ def inbox(settings_environment: Callable[..., None], tmp_path: Path) -> Path:
     return tmp_path / "inbox"
 
 
+class Results:
+    """What tasks of a run have returned or left behind, by task and key, as Airflow keeps it."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, str], list[Any]] = {}
+
+    def xcom_push(self, key: str, value: Any, task: str = "register") -> None:
+        self.kept.setdefault((task, key), []).append(json.loads(json.dumps(value)))
+
+    def xcom_pull(self, task_ids: list[str], key: str = "return_value") -> list[Any]:
+        [task] = task_ids
+        return self.kept.get((task, key), [None])
+
+
 def write_fasta(path: Path, *sequences: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f">protein{k}\n{sequence}\n" for k, sequence in enumerate(sequences)))
     return path
 
 
-def register(*files: Path, **form: Any) -> Any:
-    return ingest.register.function([str(file) for file in files], params=FORM | form, run_id="test")
+def register(*files: Path, results: Results | None = None, **form: Any) -> Any:
+    names = [str(file) for file in files]
+    return ingest.register.function(names, params=FORM | form, run_id="test", ti=results or Results())
+
+
+def summarize(results: Results, *files: Path, **form: Any) -> None:
+    ingest.summary.function([[str(file) for file in files]], params=FORM | form, ti=results)
 
 
 def report(files: Any, **form: Any) -> tuple[Any, Any]:
@@ -341,3 +361,32 @@ def test_summary_names_every_file_without_a_result() -> None:
         sum_up(["/a", "/b", "/c"], [make_report("/a"), make_report("/b", "job 2 failed")])
     assert "/b: job 2 failed" in str(caught.value)
     assert "/c: it got no report" in str(caught.value)
+
+
+def test_summary_says_why_though_the_files_own_tasks_left_no_report(ledger: Engine, inbox: Path) -> None:
+    """With one file a task, as in most runs: `register` failed, `extract` did, `report` did, or nobody knows."""
+    results = Results()
+    refused, failed, faulty, odd, unknown = (inbox / f"{name}.fasta" for name in ("bad", "b", "c", "d", "e"))
+    write_fasta(refused)
+    with pytest.raises(InputError):
+        register(refused, results=results)
+    for file, sequences in ((failed, ["MKV"]), (faulty, ["MKW", "MKA"]), (odd, ["MKL"])):
+        registered = register(write_fasta(file, *sequences))
+        results.xcom_push("return_value", registered)
+        job = registered[0]["job"]
+        if file == failed:
+            with ledger.begin() as tx:
+                claimed = jobs.claim(tx, jobs.pending_chunks(tx, job)[0], jobs.start_worker(tx))
+                transitions.fail(tx, claimed, "the input changed", max_attempts=1, permanent=True)
+        else:
+            finish(ledger, job, failures=file == faulty)
+    files = (refused, failed, faulty, odd, unknown)
+    with capture_logs() as lines, pytest.raises(JobError, match="5 of 5 files"):
+        summarize(results, *files)
+    said = {line["file"]: line["fault"] for line in lines if line["event"] == "a file has no accepted result"}
+    assert set(said) == {str(file) for file in files}
+    assert "the file is empty" in said[str(refused)]
+    assert said[str(failed)].endswith("failed: job 1 b: extract chunk 1 of 1: the input changed")
+    assert "1 of 2 records failed, more than" in said[str(faulty)]
+    assert said[str(odd)] == "it got no report: see its failed task; its job succeeded"
+    assert said[str(unknown)] == "it got no report: see its failed task"

@@ -105,12 +105,36 @@ def test_hours_are_those_of_each_host_and_class_that_has_run(
     assert by_host["here"]["hours_now"] == by_host["here"]["hours"], "one worker of the CPU lives there"
     assert by_host["gone"]["hours_now"] is None
     assert told["no_duration"] == ""
+    assert told["duration_now"] == {"hours": by_host["here"]["hours"], "workers": 1}
     text_form = virnucpro("estimate", fasta).out
     assert "100 tokens/s over 1 chunks of 1 jobs, tiny in float32 on the CPU of here" in text_form
 
     pipeline.configure(dtype="float16")
     told = estimate()
     assert (told["durations"], "in float16" in told["no_duration"]) == ([], True)
+
+
+def test_workers_that_are_hosts_of_their_own_are_summed_up(
+    pipeline: Pipeline, virnucpro: Command, fasta: Path, small_fasta: Path
+) -> None:
+    """As containers are. What a host did in two classes counts once, by the newer one."""
+    for k, (host, seconds) in enumerate([("a", 4), ("a", 1), ("b", 2)]):
+        other = small_fasta.with_name(f"other{k}.fasta")
+        other.write_text(f">o\nMKVLAG{'A' * k}\n")
+        job = history(pipeline, other, host, seconds)
+        execution = f'{{"dtype": "float32", "device": "cpu", "hardware": "CPU {k}"}}'
+        in_transaction(
+            pipeline.ledger,
+            lambda tx, job=job, execution=execution: tx.execute(
+                text("UPDATE jobs SET execution = CAST(:it AS jsonb) WHERE id = :job"),
+                {"it": execution, "job": job},
+            ),
+        )
+    told = virnucpro("estimate", fasta, "--model", MODEL, "--json").json()
+    assert len(told["durations"]) == 3
+    assert told["duration_now"]["workers"] == 2
+    assert told["duration_now"]["hours"] == pytest.approx(told["tokens"] / (100 + 50) / 3600)
+    assert "on all 2 of them that live now" in virnucpro("estimate", fasta, "--model", MODEL).out
 
 
 def test_file_that_is_done_takes_nothing_more(

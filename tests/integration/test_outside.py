@@ -201,17 +201,29 @@ def test_a_worker_reads_no_artifact_outside(rooted: Pipeline, worker: WorkerProc
 def test_a_worker_removes_nothing_outside(rooted: Pipeline, worker: WorkerProcess, tmp_path: Path) -> None:
     rooted.submit(write_fasta(tmp_path / "data" / "a.fasta"))
     run_to(rooted, worker, "extract", "merge", "validate")
-    change_ledger(
-        rooted,
-        "UPDATE artifacts SET path = '../private/secret.fasta' WHERE stage = 'extract' AND ordinal = 0",
-    )
+    change_ledger(rooted, "UPDATE artifacts SET path = '../private/secret.fasta' WHERE stage = 'extract'")
     rooted.configure(keep_chunks_days=0)
+    private = tmp_path / "private"
+    [chunks] = (tmp_path / "output" / "jobs").glob("*/g1/extract")
+    removed = tmp_path / "output" / "jobs" / "removed"
+    for place in (chunks, removed):
+        aside = place.with_name("aside")
+        if place.exists():
+            place.rename(aside)
+        place.symlink_to(private)
+        remove_expired(rooted.ledger, rooted.settings)
+        assert [(path.name, path.read_bytes()) for path in private.iterdir()] == [("secret.fasta", SECRET)]
+        assert (place.is_symlink(), rooted.rows("SELECT 1 FROM artifacts WHERE stage = 'extract'") != []) == (
+            True,
+            True,
+        )
+        place.unlink()
+        if aside.exists():
+            aside.rename(place)
     remove_expired(rooted.ledger, rooted.settings)
-    assert (tmp_path / "private" / "secret.fasta").read_bytes() == SECRET
-    change_ledger(rooted, "UPDATE artifacts SET path = 'jobs/../kept' WHERE stage = 'extract'")
-    (tmp_path / "output" / "kept").touch()
-    remove_expired(rooted.ledger, rooted.settings)
-    assert not (tmp_path / "output" / "kept").exists(), "it does remove what lies below"
+    assert (private / "secret.fasta").read_bytes() == SECRET
+    assert not chunks.exists(), "it does remove what lies below"
+    assert list(removed.iterdir()) == []
 
 
 def test_a_worker_writes_nothing_through_a_link(

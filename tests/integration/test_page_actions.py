@@ -118,6 +118,26 @@ def test_verify_names_the_altered_file_and_mend_makes_it_again(
     assert state_of(ledger, job) == "running"
 
 
+def test_a_file_that_cannot_be_read_is_told_and_nothing_is_made_again(
+    ledger: Engine, visit: Visit, token_of: TokenOf
+) -> None:
+    job = enter_job(ledger)
+    unreadable, missing, *_ = run_job(ledger, job)
+    missing.unlink()
+    unreadable.unlink()
+    unreadable.symlink_to(unreadable)  # as with EIO or no right, nobody knows what is behind it
+    user = visit("user")
+    page, token = f"/virnucpro/jobs/{job}", token_of(user)
+    told = user.post(f"{page}/verify", headers=token).text
+    assert "2 of " in told
+    assert "it cannot be read" in told
+    for action in ("mend", "retry"):
+        assert "nothing was changed" in user.post(f"{page}/{action}", headers=token).text
+        assert state_of(ledger, job) == "succeeded"
+    unreadable.unlink()
+    assert "wait to run" in user.post(f"{page}/mend", headers=token).text
+
+
 def test_those_who_wait_for_a_verification_keep_nobody_else_waiting(
     ledger: Engine, slow_file: Path, page_url: str, visit: Visit, token_of: TokenOf
 ) -> None:

@@ -79,6 +79,32 @@ def test_losing_the_matrix_after_chunks_were_removed_computes_them_again(tx: Con
     assert lose(tx, finish_with_export(tx), "matrix").lost == 3
 
 
+def test_a_finished_job_that_lost_all_chunk_artifacts_forgets_them(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan(chunks=3)).job_id
+    jobs.run_job(tx, job_id, jobs.start_worker(tx))
+    lost = [row.id for row in queries.artifacts_of(tx, job_id, stage="extract")]
+    resumed = resume(tx, job_id, lost)
+    assert (resumed.lost, resumed.waiting, jobs.state_of(tx, job_id)) == (0, 0, "succeeded")
+    assert queries.artifacts_of(tx, job_id, stage="extract") == []
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_losing_all_chunk_artifacts_computes_them_again_if_they_are_needed(
+    tx: Connection, merged: bool
+) -> None:
+    """They are if the matrix is lost, too, or is still to be made of them."""
+    job_id = jobs.register(tx, jobs.scan(chunks=3)).job_id
+    worker = jobs.start_worker(tx)
+    if merged:
+        jobs.run_job(tx, job_id, worker)
+    else:
+        for chunk in jobs.pending_chunks(tx, job_id):
+            claimed = jobs.claim(tx, chunk, worker)
+            transitions.complete(tx, claimed, jobs.result_of(claimed))
+    lost = [row.id for row in queries.artifacts_of(tx, job_id)]
+    assert resume(tx, job_id, lost).lost == 3
+
+
 def test_losing_what_validate_made_repeats_validate_alone(tx: Connection) -> None:
     job_id = finish_with_export(tx)
     tx.execute(

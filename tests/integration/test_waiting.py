@@ -23,9 +23,12 @@ from tests import ledger_jobs as jobs
 from virnucpro_core.errors import JobError, ServiceError
 from virnucpro_core.ledger import queries, transitions
 from virnucpro_core.ledger.database import in_transaction, open_ledger
+from virnucpro_core.ledger.jobs import cancel
 from virnucpro_core.settings import load_settings
 
 pytestmark = pytest.mark.integration
+
+RETRIES = 5
 
 CONNECTIONS = """SELECT pid FROM pg_stat_activity
                   WHERE application_name = 'virnucpro trigger' AND datname = current_database()"""
@@ -82,13 +85,18 @@ def files_of(*job_ids: int) -> list[SubmittedFile]:
 
 
 def make_wait(*job_ids: int, stage: str = "extract") -> WaitForStage:
-    return WaitForStage(task_id=stage, stage=stage, files=files_of(*job_ids))
+    return WaitForStage(task_id=stage, stage=stage, files=files_of(*job_ids), retries=RETRIES)
 
 
-def attempt(number: int = 1, run: str = "nightly") -> Any:
-    """What Airflow hands to an attempt of a task."""
+def attempt(number: int = 1, run: str = "nightly", *, cleared: bool = True) -> Any:
+    """What Airflow hands to an attempt of a task: the first, or one more, after a Clear or by itself."""
     ti = SimpleNamespace(
-        dag_id="virnucpro_ingest", run_id=run, task_id="extract", map_index=0, try_number=number
+        dag_id="virnucpro_ingest",
+        run_id=run,
+        task_id="extract",
+        map_index=0,
+        try_number=number,
+        max_tries=RETRIES + (number - 1 if cleared else 0),
     )
     return {"ti": ti}
 
@@ -296,6 +304,16 @@ def test_first_attempt_reports_a_failed_job_and_clear_resumes_it(ledger: Engine)
         wait.execute(attempt(1))
     defer(wait, attempt(2))
     assert in_transaction(ledger, queries.get_job, job).state == "running"
+
+
+def test_a_retry_after_a_lost_service_leaves_alone_what_a_person_cancelled(ledger: Engine) -> None:
+    job = enter_job(ledger)
+    in_transaction(ledger, cancel, job, by="a person")
+    wait = make_wait(job)
+    with pytest.raises(JobError, match="cancelled"):
+        wait.execute(attempt(2, cleared=False))
+    assert in_transaction(ledger, queries.get_job, job).state == "cancelled"
+    defer(wait, attempt(3))
 
 
 def test_a_failed_job_does_not_stop_the_others_of_its_batch(ledger: Engine) -> None:

@@ -48,7 +48,7 @@ def estimate(
     one whose job is half done counts whole. Which records will not fit a GPU's memory, or kill their worker,
     cannot be foretold.
     """
-    from virnucpro_core.estimates import estimate_file, free_bytes, total_disk
+    from virnucpro_core.estimates import estimate_file, free_bytes, sum_up_now, total_disk
 
     settings = load_settings()
     if model is not None:
@@ -69,6 +69,7 @@ def estimate(
             errors.append(error)
     jobs, durations, missing = ask_ledger(found, model or settings.model)
     todo = files_to_compute(found, jobs)
+    now = sum_up_now(durations)
     disk, free = total_disk(todo), free_bytes(settings.output_root)
     if as_json:
         print_json(
@@ -78,6 +79,7 @@ def estimate(
                 "disk": disk,
                 "free": free,
                 "durations": [describe_duration(duration) for duration in durations],
+                "duration_now": None if now is None else asdict(now),
                 "no_duration": missing,
             }
         )
@@ -85,6 +87,10 @@ def estimate(
         for one in found:
             print_file(one, jobs.get(one.sha256))
         print_durations(durations, missing)
+        if now is not None:
+            print_facts(
+                {"hours now": f"{format_hours(now.hours)} on all {now.workers} of them that live now"}
+            )
         print_facts({"disk to come": f"at least {gigabytes(disk)}; {gigabytes(free)} are free"})
     if disk > free:
         print_note(f"There is not enough space below {settings.output_root}.")

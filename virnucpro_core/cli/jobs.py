@@ -175,6 +175,7 @@ def retry(
     with connect() as ledger:
         root = load_settings().output_root
         found = verify_with_bar(ledger, job) if reread else look_at_job(ledger, root, job)
+        found.require_readable()
         resumed = in_transaction(ledger, resume, job, found.lost)
     if as_json:
         print_json({"job": job, **asdict(resumed)})

@@ -110,7 +110,9 @@ def submit(
     codes = [error.exit_code for error in errors]
     if wait:
         share = load_settings().max_failed_share if max_failed_share is None else max_failed_share
-        codes += [JobError.exit_code for report in reports.values() if not check_outcome(report, share)]
+        codes += [
+            JobError.exit_code for file, report in reports.items() if not check_outcome(report, file, share)
+        ]
     if codes:
         raise typer.Exit(max(codes))
 
@@ -173,8 +175,10 @@ def wait_for(ledger: Engine, job_ids: Sequence[int]) -> None:
             raise
 
 
-def check_outcome(report: JobReport, max_failed_share: float) -> bool:
-    """Whether a job succeeded with no more failures than allowed; says on stderr why not."""
+def check_outcome(report: JobReport, file: Path, max_failed_share: float) -> bool:
+    """Whether a file's job succeeded with no more failures than allowed; says on stderr why not."""
+    # Others may have submitted the same content, with nucleotides of their own.
+    submissions = [one for one in report.submissions if one.path == str(file.absolute())]
     share = report.failed / report.records
     if report.state != "succeeded":
         reason = f": {report.error}" if report.error else ""
@@ -187,8 +191,8 @@ def check_outcome(report: JobReport, max_failed_share: float) -> bool:
                 todo=f"`virnucpro failures {report.job}` lists them.",
             )
         )
-    elif errors := [one.error for one in report.submissions if one.error]:
-        print_error(JobError(f"job {report.job}'s nucleotides were not merged: {'; '.join(errors)}"))
+    elif error := max(submissions, key=lambda one: one.submitted_at).error:
+        print_error(JobError(f"job {report.job}'s nucleotides were not merged: {error}", where=str(file)))
     else:
         return True
     return False

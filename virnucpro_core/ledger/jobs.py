@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import Connection, text
 
 from virnucpro_core.errors import JobError
+from virnucpro_core.ledger.queries import count_artifacts
 from virnucpro_core.ledger.setbacks import SetbackKind, note_setbacks
 from virnucpro_core.ledger.transitions import (
     EXTRACT,
@@ -131,7 +132,9 @@ def resume(tx: Connection, job_id: int, lost: Sequence[int] = ()) -> Resumed:
         {"job": job_id},
     )
     reset = 0
-    if EXTRACT in stages_lost or (MERGE in stages_lost and not is_merged(tx, job_id)):
+    if EXTRACT in stages_lost and job.state == "succeeded" and is_cleaned(tx, job_id):
+        stages_lost.remove(EXTRACT)
+    elif EXTRACT in stages_lost or (MERGE in stages_lost and not is_merged(tx, job_id)):
         reset = reset_lost_chunks(tx, job_id)
     if not reset and stages_lost:
         redo(tx, job_id, MERGE if MERGE in stages_lost else VALIDATE)
@@ -139,6 +142,11 @@ def resume(tx: Connection, job_id: int, lost: Sequence[int] = ()) -> Resumed:
         advance(tx, job_id)
     enqueue_pending(tx, job_id)
     return count_work(tx, job_id, reset)
+
+
+def is_cleaned(tx: Connection, job_id: int) -> bool:
+    """Whether only the chunk artifacts are gone, and all of them: so cleaning that was cut off leaves a job."""
+    return is_merged(tx, job_id) and count_artifacts(tx, job_id, stage=EXTRACT) == 0
 
 
 def is_merged(tx: Connection, job_id: int) -> bool:

@@ -17,6 +17,7 @@ from virnucpro_core.ledger.work import result_folder
 from virnucpro_core.sequences.chunks import ChunkRange
 
 BATCH_RECORDS = 5000  # failures read at a time
+UNREADABLE_ADVICE = "Mend the file system or its permissions, then ask again: nothing was changed."
 
 PROGRESS = text("""
     SELECT j.id, j.state, j.stage, s.position, j.generation, j.chunks_total, j.chunks_left, j.records, j.embeddings,
@@ -120,21 +121,23 @@ def find_lost(artifacts: Sequence[ArtifactRow], output_root: Path) -> list[int]:
     Raises:
         ServiceError: a file may be there, but cannot be looked at.
     """
-    lost = []
-    for artifact in artifacts:
-        try:
-            size = (output_root / artifact.path).stat().st_size
-        except FileNotFoundError:
-            size = -1
-        except OSError as error:
-            raise ServiceError(
-                f"a file cannot be looked at: {error.strerror}",
-                where=str(output_root / artifact.path),
-                todo="Mend the file system or its permissions, then ask again: nothing was changed.",
-            ) from error
-        if size != artifact.bytes:
-            lost.append(artifact.id)
-    return lost
+    return [a.id for a in artifacts if find_size(output_root / a.path) != a.bytes]
+
+
+def find_size(path: Path) -> int | None:
+    """A file's size; None if it is missing.
+
+    Raises:
+        ServiceError: it may be there, but cannot be looked at.
+    """
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ServiceError(
+            f"a file cannot be looked at: {error.strerror}", where=str(path), todo=UNREADABLE_ADVICE
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,7 @@ class Work:
 
     def artifact_folder(self) -> str:
         """Where the chunk's artifacts go, relative to the output root."""
-        return f"{job_folder(self.job_id)}/g{self.generation}/{self.stage}"
+        return stage_folder(self.job_id, self.generation, self.stage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +165,11 @@ class Result:
 def job_folder(job_id: int) -> str:
     """A job's folder, relative to the output root."""
     return f"{JOBS}/{job_id:08d}"
+
+
+def stage_folder(job_id: int, generation: int, stage: str) -> str:
+    """Where a stage of a job's generation keeps its artifacts, relative to the output root."""
+    return f"{job_folder(job_id)}/g{generation}/{stage}"
 
 
 def result_folder(
