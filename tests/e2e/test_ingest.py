@@ -16,6 +16,7 @@ import pytest
 from tests.fixtures_airflow import DAG, House, wait_until
 from virnucpro_core.ledger import queries
 from virnucpro_core.ledger.database import in_transaction
+from virnucpro_core.ledger.jobs import cancel
 from virnucpro_core.stack.airflow import ask
 from virnucpro_core.stack.programs import PROJECT
 
@@ -187,6 +188,19 @@ def test_clear_and_mark_failed_while_waiting_touch_their_own_wait_alone(house: H
     assert house.wait_for_run(run) == "failed"
     assert house.wait_for_run(other) == "success"
     house.check_published(house.job_of(proteins))
+
+
+def test_clear_resumes_what_a_person_cancelled(house: House, proteins: Path) -> None:
+    with house.relay_at_rest():
+        run = house.trigger(proteins)
+        house.wait_for_task(run, "extract", "deferred", attempt=1)
+        in_transaction(house.ledger, cancel, house.job_of(proteins).id, by="a person")
+        assert house.wait_for_run(run) == "failed"
+        house.clear(run, "extract")
+        house.wait_for_task(run, "extract", "deferred", attempt=2)
+        assert house.job_of(proteins).state == "running"
+    wait_until(lambda: house.job_of(proteins).state == "succeeded")
+    house.wait_for_run(run)
 
 
 def test_inbox_with_a_bad_file_gives_the_good_ones_and_names_the_bad_one(
