@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -45,15 +45,15 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """However it went, the job can be brought to its end."""
-        resume(self.connection, self.job.job_id)
-        for node in self.workers:
-            self.workers[node] = jobs.start_worker(self.connection, node)
-        jobs.run_job(self.connection, self.job.job_id, self.workers["one"])
-        job = self.job_row()
-        assert job.state == "succeeded"
-        assert job.embeddings + job.failed == job.records
-        self.connection.rollback()
-        self.connection.close()
+        with closing(self.connection):
+            for node in self.workers:
+                self.workers[node] = jobs.start_worker(self.connection, node)
+            # At last: by the deaths of those who are replaced, the job may fail.
+            resume(self.connection, self.job.job_id)
+            jobs.run_job(self.connection, self.job.job_id, self.workers["one"])
+            job = self.job_row()
+            assert job.state == "succeeded"
+            assert job.embeddings + job.failed == job.records
 
     def job_row(self) -> Any:
         return queries.get_job(self.connection, self.job.job_id)

@@ -247,7 +247,14 @@ def test_on_a_terminal_the_view_follows_the_ledger(
     command = [sys.executable, "-c", RUN_MAIN, "status", "--watch", "--every", "0.1"]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "160", "LINES": "50"}
     with subprocess.Popen(
-        command, stdin=follower, stdout=follower, stderr=follower, env=environment, cwd=PROJECT
+        command,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env=environment,
+        cwd=PROJECT,
+        # These tests may run where Ctrl-C is ignored, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             os.close(follower)
