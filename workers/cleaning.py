@@ -15,7 +15,7 @@ from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.queries import artifacts_of
 from virnucpro_core.ledger.retention import expired_jobs, needed_spools, remove_chunks, removed_folder
 from virnucpro_core.ledger.transitions import EXTRACT
-from virnucpro_core.ledger.work import Work, job_folder
+from virnucpro_core.ledger.work import Work, artifact_folder, job_folder
 from virnucpro_core.settings import Settings
 from workers.artifacts import output_root
 from workers.publication import Publication
@@ -53,7 +53,7 @@ def remove_unrecorded(ledger: Engine, work: Work, settings: Settings) -> None:
     """Remove the files of chunks that were halved after a worker had written them, and died."""
     root = output_root(settings)
     recorded = {root / row.path for row in in_transaction(ledger, artifacts_of, work.job_id, stage=EXTRACT)}
-    for path in (root / job_folder(work.job_id) / f"g{work.generation}" / EXTRACT).glob("*"):
+    for path in (root / artifact_folder(work.job_id, work.generation, EXTRACT)).glob("*"):
         if path in recorded:
             continue
         try:

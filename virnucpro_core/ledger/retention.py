@@ -8,7 +8,7 @@ from pathlib import Path
 from sqlalchemy import Connection, text
 
 from virnucpro_core.ledger.transitions import EXTRACT
-from virnucpro_core.ledger.work import JOBS, stage_folder
+from virnucpro_core.ledger.work import JOBS, artifact_folder
 from virnucpro_core.roots import OUTPUT_ADVICE, resolve_below
 
 REMOVED = "removed"
@@ -53,7 +53,7 @@ def remove_chunks(tx: Connection, job_id: int, output_root: Path) -> int:
     )
     removed = removed_folder(output_root)
     for generation in set(generations):
-        folder = output_root / stage_folder(job_id, generation, EXTRACT)
+        folder = output_root / artifact_folder(job_id, generation, EXTRACT)
         if resolve_below(folder, [output_root], todo=OUTPUT_ADVICE).is_dir():
             removed.mkdir(exist_ok=True)
             folder.rename(removed / f"{job_id:08d}-g{generation}-{secrets.token_hex(8)}")

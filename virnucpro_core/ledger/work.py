@@ -102,7 +102,7 @@ class Work:
 
     def artifact_folder(self) -> str:
         """Where the chunk's artifacts go, relative to the output root."""
-        return stage_folder(self.job_id, self.generation, self.stage)
+        return artifact_folder(self.job_id, self.generation, self.stage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,7 @@ def job_folder(job_id: int) -> str:
     return f"{JOBS}/{job_id:08d}"
 
 
-def stage_folder(job_id: int, generation: int, stage: str) -> str:
+def artifact_folder(job_id: int, generation: int, stage: str) -> str:
     """Where a stage of a job's generation keeps its artifacts, relative to the output root."""
     return f"{job_folder(job_id)}/g{generation}/{stage}"
 
