@@ -125,15 +125,23 @@ def test_packed_sequences_equal_single_ones(
     assert packed.execution.sha256 != single.execution.sha256
 
 
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+"""As torch says that memory is full, and as it says so of cuBLAS."""
+
+
+@pytest.mark.parametrize("full", FULL)
 def test_packs_are_halved_until_they_fit(
-    packing_model: FastEsm, make_proteins: MakeProteins, monkeypatch: pytest.MonkeyPatch
+    packing_model: FastEsm, make_proteins: MakeProteins, monkeypatch: pytest.MonkeyPatch, full: RuntimeError
 ) -> None:
     batch = parse(make_proteins(100, 300, 50, 1, 700, 165, 33))
     whole = embed(packing_model, batch, toks_per_batch=2400)
 
     def attend_if_it_fits(query: Tensor, *rest: Tensor) -> Tensor:
         if len(query) > 700:
-            raise torch.OutOfMemoryError
+            raise full
         return attend_segments(query, *rest)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend_if_it_fits)
@@ -157,3 +165,14 @@ def test_records_fail_where_the_smallest_pack_does_not_fit(
     extraction = embed(packing_model, parse(make_proteins(100, 50, 300)), toks_per_batch=1024)
     assert extraction.counts.failures == {FailureReason.OOM: 3}
     assert extraction.embeddings.shape == (0, 1280)
+
+
+def test_any_other_error_is_no_lack_of_memory(
+    packing_model: FastEsm, make_proteins: MakeProteins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_down(*_: object) -> Tensor:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`")
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", break_down)
+    with pytest.raises(RuntimeError, match="EXECUTION_FAILED"):
+        embed(packing_model, parse(make_proteins(100)), toks_per_batch=1024)

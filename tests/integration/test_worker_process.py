@@ -136,7 +136,12 @@ def accelerator_error(code: int) -> torch.AcceleratorError:
     return error
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), accelerator_error(2)])
+CUBLAS_FULL = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), accelerator_error(2), CUBLAS_FULL]
+)
 def test_model_that_does_not_fit_is_the_reason_kept_with_the_chunk(
     error: Exception, pipeline: Pipeline, small_fasta: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from virnucpro_core.embedding.execution import ExecutionClass
 from virnucpro_core.embedding.loading import ModelSource, build_model, load_fast_esm
+from virnucpro_core.embedding.memory import is_full
 from virnucpro_core.embedding.model import FastEsm
 from virnucpro_core.embedding.packing import (
     EXTRA_TOKENS,
@@ -253,7 +254,9 @@ class _Run:
             wide = build_model(self.model.weights, self.model.device, "float32")
             for index in self.non_finite:
                 self._recompute(index, wide)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_full(error):
+                raise
             rest = [index for index in self.non_finite if not np.isfinite(self.embeddings[index]).all()]
             for index in rest:
                 self.faults.setdefault(index, (FailureReason.NON_FINITE, NO_ROOM_FOR_FLOAT32))
@@ -289,7 +292,9 @@ class _Run:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(torch.cuda.current_stream(self.model.device))
             return _Transfer(members, host, done)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_full(error):
+                raise
             return None
 
     def _finish(self, transfer: _Transfer) -> None:

@@ -14,6 +14,7 @@ from triton.errors import TritonError
 from virnucpro_core.embedding.attention import Segments
 from virnucpro_core.embedding.checkpoint import HEAD_WIDTH, ROTARY_BASE
 from virnucpro_core.embedding.kernels import attend, norm, norm_scaled, pool
+from virnucpro_core.embedding.memory import is_full
 from virnucpro_core.embedding.model import Encoder, Layer
 from virnucpro_core.embedding.packing import LEAST_PACK_TOKENS, LONGEST, plan_tiles
 from virnucpro_core.embedding.products import Scaled, linear_gelu, linear_rotary
@@ -140,10 +141,10 @@ class FusedEncoder:
         try:
             self(positions % 20 + 4, positions, segments, tiles, sequences=1)
             torch.cuda.synchronize(device)
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            # Not the compiler's fault, and another plan would fail, too.
-            raise
         except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            if is_full(error) or isinstance(error, torch.AcceleratorError):
+                # Not the compiler's fault, and another plan would fail, too.
+                raise
             raise ExecutionError(
                 f"the fused kernels do not compile: {type(error).__name__}: {error}",
                 where=torch.cuda.get_device_name(device),

@@ -6,13 +6,12 @@ import hashlib
 import os
 import shutil
 import sysconfig
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import structlog
 import torch
 from safetensors import safe_open
@@ -30,11 +29,13 @@ from virnucpro_core.embedding.checkpoint import (
     inspect_checkpoint,
 )
 from virnucpro_core.embedding.execution import KernelPlan, describe_execution
+from virnucpro_core.embedding.memory import explained_memory
 from virnucpro_core.embedding.model import TORCH_DTYPES, Encoder, FastEsm, Weights
-from virnucpro_core.embedding.packing import PACK_TOKENS
+from virnucpro_core.embedding.packing import LEAST_PACK_TOKENS, PACK_TOKENS, build_pack
 from virnucpro_core.embedding.verdicts import has_passed
 from virnucpro_core.errors import ExecutionError, WeightsError
 from virnucpro_core.recipe import EMBEDDING_WIDTH, Dtype
+from virnucpro_core.sequences.residues import VOCABULARY
 
 if TYPE_CHECKING:
     # It needs Triton, which only the plan that uses it may ask for.
@@ -44,8 +45,6 @@ log = structlog.get_logger()
 
 ModelSource = str | os.PathLike[str] | nn.Module | FastEsm
 """What a caller may name as a model."""
-
-CUDA_NO_MEMORY = 2  # cudaErrorMemoryAllocation
 
 
 def load_fast_esm(
@@ -72,7 +71,7 @@ def load_fast_esm(
     if isinstance(model, FastEsm):
         return _check_loaded(model, device, dtype)
     place, precision = choose_device(device, dtype)
-    with _explained_memory(place):
+    with explained_memory(place):
         if isinstance(model, nn.Module):
             if precision == "fp8":
                 raise ExecutionError(
@@ -85,28 +84,6 @@ def load_fast_esm(
         if precision == "fp8":
             _check_accepted(checkpoint, place)
         return build_model(open_weights(checkpoint), place, precision)
-
-
-@contextmanager
-def _explained_memory(device: torch.device) -> Iterator[None]:
-    """Says in words that a model did not fit, and frees what was loaded of it.
-
-    Any other error of a GPU is raised as it is: it may stick to the process, which should end of it.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
-        # Where not even CUDA's own context fits, there is no allocator yet to say it.
-        code = getattr(error, "error_code", None)
-        if isinstance(error, torch.AcceleratorError) and code != CUDA_NO_MEMORY:
-            raise
-        traceback.clear_frames(error.__traceback__)  # they hold the tensors for as long as the error lives
-        torch.cuda.empty_cache()
-        raise ExecutionError(
-            f"there is no memory for the model: {str(error).partition(chr(10))[0]}",
-            where=str(device),
-            todo="End what else uses this GPU (nvidia-smi lists it), or use another one.",
-        ) from error
 
 
 def choose_device(device: str | torch.device | None, dtype: Dtype | None) -> tuple[torch.device, Dtype]:
@@ -242,7 +219,17 @@ def build_model(
                 raise
             chosen = KernelPlan.PACKED_VARLEN
             log.warning("fused_kernels_failed", reason=str(error), plan=chosen)
-    return FastEsm(weights=weights, encoder=encoder, device=device, dtype=dtype, plan=chosen)
+    model = FastEsm(weights=weights, encoder=encoder, device=device, dtype=dtype, plan=chosen)
+    if device.type == "cuda":
+        _warm_up(model)
+    return model
+
+
+def _warm_up(model: FastEsm) -> None:
+    """Runs one small pack, so that a GPU without room for the forward pass is told from records without room."""
+    tokens = np.full(LEAST_PACK_TOKENS, VOCABULARY.index("A"), dtype=np.uint8)
+    model.embed_pack(build_pack(tokens, np.array([0, len(tokens)]), np.array([0])))
+    torch.cuda.synchronize(model.device)
 
 
 def choose_plan(device: torch.device, dtype: Dtype) -> KernelPlan:
