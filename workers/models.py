@@ -45,6 +45,10 @@ class ModelKeeper:
             )
         return self.model
 
+    def forget(self) -> None:
+        """Gives the model's memory back; the next chunk loads it again."""
+        self.model = None
+
 
 def fits(model: FastEsm, work: Work) -> bool:
     """Whether a model computes what a chunk's recipe asks for."""

@@ -199,7 +199,12 @@ class WorkerProcess:
             if must_be_condemned(claimed):
                 batch = condemn(batch, f"{claimed.deaths} processes ended while they embedded it")
                 log.error("record_condemned", ids=batch.ids, setback=claimed.setback)
-            extraction = extract(batch, model, on_progress=self._count_records)
+            try:
+                extraction = extract(batch, model, on_progress=self._count_records)
+            except ExecutionError:
+                # Whether this device can still compute shows when the model is loaded: if not, others get the chunk.
+                self.models.forget()
+                raise
         if extraction is not None:
             self.heartbeat.gpu_memory_peak = extraction.peak_bytes
             self._finish_writing()

@@ -168,6 +168,30 @@ def test_model_that_does_not_fit_is_the_reason_kept_with_the_chunk(
     pipeline.wait_until(lambda: chunk_row(pipeline, first) == ("done", 2, None))
 
 
+def test_memory_that_others_took_fails_the_attempt_and_has_the_model_loaded_again(
+    pipeline: Pipeline, small_fasta: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another program takes the GPU's memory between two chunks."""
+    first, second, *_ = submit(pipeline, small_fasta)
+    process = start()
+    process.run("extract", first)
+
+    def raise_full(*_: object) -> None:
+        raise CUBLAS_FULL
+
+    with monkeypatch.context() as patch:
+        patch.setattr("virnucpro_core.embedding.model.FastEsm.embed_pack", raise_full)
+        process.run("extract", second)
+    assert chunk_row(pipeline, second)[:2] == ("pending", 1)
+    assert (
+        "another program has taken the memory that the model had [cpu]. End "
+        in chunk_row(pipeline, second).error
+    )
+    assert process.models.model is None, "it must not keep what others need"
+    process.run("extract", second)
+    pipeline.wait_until(lambda: chunk_row(pipeline, second) == ("done", 2, None))
+
+
 def test_device_that_is_broken_ends_the_process_that_loads_a_model(
     pipeline: Pipeline, small_fasta: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

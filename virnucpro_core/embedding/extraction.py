@@ -19,7 +19,7 @@ from torch import Tensor
 
 from virnucpro_core.embedding.execution import ExecutionClass
 from virnucpro_core.embedding.loading import ModelSource, build_model, load_fast_esm
-from virnucpro_core.embedding.memory import is_full
+from virnucpro_core.embedding.memory import FREE_MEMORY, is_full
 from virnucpro_core.embedding.model import FastEsm
 from virnucpro_core.embedding.packing import (
     EXTRA_TOKENS,
@@ -28,6 +28,7 @@ from virnucpro_core.embedding.packing import (
     build_pack,
     plan_batches,
 )
+from virnucpro_core.errors import ExecutionError
 from virnucpro_core.failures import Failure, FailureReason
 from virnucpro_core.features.manifests import Counts
 from virnucpro_core.recipe import EMBEDDING_WIDTH, TRUNCATION, ResiduePolicy
@@ -115,7 +116,7 @@ def extract(
 
     Raises:
         InputError: the file cannot be used as a whole; a bad record is a failure instead.
-        WeightsError, ExecutionError: as `load_fast_esm` does.
+        WeightsError, ExecutionError: as `load_fast_esm` does; others took the GPU's memory since.
     """
     started = time.perf_counter()
     loaded = load_fast_esm(model)
@@ -163,6 +164,9 @@ def embed(
         batch: records as `parse_records` returns them.
         toks_per_batch: tokens in a pack on a GPU, at least 512.
         on_progress: told as records get done.
+
+    Raises:
+        ExecutionError: not even the smallest pack fits, which did when the model was loaded.
     """
     started = time.perf_counter()
     pack_tokens = max(toks_per_batch or PACK_TOKENS, LEAST_PACK_TOKENS)
@@ -306,7 +310,11 @@ class _Run:
         self.on_progress(len(transfer.members))
 
     def _shrink(self, members: NDArray[np.int64]) -> bool:
-        """Makes room after `members` did not fit: smaller packs (True), or without them (False)."""
+        """Makes room after `members` did not fit: smaller packs (True), or without them (False).
+
+        Raises:
+            ExecutionError: there is no room for what had room when the model was loaded.
+        """
         torch.cuda.empty_cache()
         tokens = np.diff(self.offsets)[members] + EXTRA_TOKENS
         size = self._size()
@@ -314,6 +322,12 @@ class _Run:
             self.model.fitting_tokens = max(size // 2, LEAST_PACK_TOKENS)
             log.warning("gpu_memory_full", pack_tokens=size, now=self.model.fitting_tokens)
             return True
+        if tokens.max() <= LEAST_PACK_TOKENS:
+            raise ExecutionError(
+                "another program has taken the memory that the model had",
+                where=str(self.model.device),
+                todo=FREE_MEMORY,
+            )
         for index, count in zip(members.tolist(), tokens.tolist(), strict=True):
             self.faults[index] = (FailureReason.OOM, f"the GPU has no memory for its {count} tokens")
         self.on_progress(len(members))

@@ -15,6 +15,8 @@ CUDA_NO_MEMORY = 2  # cudaErrorMemoryAllocation
 # Of torch and Triton (seen with torch 2.11, Triton 3.6): they raise these as plain RuntimeErrors.
 NO_MEMORY_TEXTS = ("CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory")
 
+FREE_MEMORY = "End what else uses this GPU (nvidia-smi lists it), or use another one."
+
 
 def is_full(error: BaseException) -> bool:
     """Whether an error says that the GPU's memory is full, whatever part of CUDA noticed it.
@@ -48,5 +50,5 @@ def explained_memory(device: torch.device) -> Iterator[None]:
         raise ExecutionError(
             f"there is no memory for the model: {str(error).partition(chr(10))[0]}",
             where=str(device),
-            todo="End what else uses this GPU (nvidia-smi lists it), or use another one.",
+            todo=FREE_MEMORY,
         ) from error
