@@ -58,7 +58,7 @@ def celery_worker(folder: Path, name: str) -> ExitStack:
 def measure_celery(broker: redis.Redis, folder: Path) -> float:
     """No-op tasks per second, between the first tenth and the last of those in the queue."""
     for _ in range(NOOPS):
-        noop.apply_async(queue="extract")
+        noop.apply_async((1,), queue="extract")
     with celery_worker(folder, "noop"):
         wait_until(lambda: broker.llen(EXTRACT_KEY) <= NOOPS * 0.9)
         started, left = time.perf_counter(), broker.llen(EXTRACT_KEY)
@@ -107,6 +107,14 @@ def chunks_left(ledger: Engine, job_id: int) -> int:
     return int(job.chunks_left) if job.stage == "extract" else 0
 
 
+def check_nothing_rejected(ledger: Engine) -> None:
+    """A rejected message is a fast one: its task never ran."""
+    with ledger.connect() as tx:
+        rejected = tx.execute(text("SELECT reason, messages FROM rejections")).all()
+    if rejected:
+        raise RuntimeError(f"messages were rejected, so the rates mean nothing: {rejected}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chunks", type=int, default=100_000)
@@ -135,6 +143,7 @@ def main() -> None:
         ledger = open_ledger(urls["owner"])
         celery_rate = measure_celery(broker, folder)
         rates = measure_pipeline(ledger, folder, chunks)
+        check_nothing_rejected(ledger)
         ledger.dispose()
         app.close()
     report = {
