@@ -4,7 +4,7 @@
 
 It publishes what the outbox says is due, in a bounded window: the backlog stays in the ledger, where it is
 safe and can be counted. Woken by NOTIFY, it looks every second without it, too. A second relay waits until
-the first is gone.
+the first is gone, or has slept for `ASLEEP_SECONDS`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import Connection, Engine, make_url
 
 from virnucpro_core.errors import ServiceError, VirnucproError
-from virnucpro_core.ledger.database import CONNECT_TIMEOUT, check_migrated, in_transaction, open_ledger
+from virnucpro_core.ledger.database import check_migrated, connect_arguments, in_transaction, open_ledger
 from virnucpro_core.ledger.outbox import (
     Message,
     QueueState,
@@ -45,6 +45,10 @@ GATHER_SECONDS = 0.02
 """After a notification, time for more to come: one turn serves them all. Workers have messages in stock meanwhile."""
 
 LONGEST_PAUSE = 10.0  # seconds between attempts while the database or the broker is away
+ASLEEP_SECONDS = 30.0
+"""A relay that PostgreSQL hears nothing of for so long loses its lock to the next: its process may be stopped, or its
+host without power. A turn takes less, also while the broker hangs."""
+
 RELAY_LOCK = 0x7669726E  # any number, but the same in every relay of a ledger ("virn")
 
 
@@ -78,8 +82,7 @@ class Relay:
         return psycopg.connect(
             url.render_as_string(hide_password=False),
             autocommit=True,
-            connect_timeout=CONNECT_TIMEOUT,
-            application_name="virnucpro relay",
+            **connect_arguments("virnucpro relay", idle_session_timeout=f"{ASLEEP_SECONDS:g}s"),
         )
 
     def _is_alone(self, connection: psycopg.Connection[tuple[object, ...]]) -> bool:
@@ -105,6 +108,7 @@ class Relay:
         self.reap_due = time.monotonic() + self.settings.lease_seconds
         pause = 0.0
         while not self.stop.is_set():
+            connection.execute("SELECT 1")  # we are awake, and still have the lock
             try:
                 wait = self.turn()
                 pause = 0.0

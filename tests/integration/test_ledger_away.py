@@ -2,19 +2,60 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import socket
 from collections.abc import Callable
 from threading import Event
 
 import pytest
 from sqlalchemy import Connection, Engine, text
 
+from dags.connections import close_async_ledger, share_async_ledger
 from virnucpro_core.errors import ServiceError
 from virnucpro_core.ledger.database import in_transaction
+from virnucpro_core.settings import load_settings
+from workers.app import app
 from workers.persistence import Persistence
+from workers.relay import Relay
 
 pytestmark = pytest.mark.integration
 
 Interrupt = Callable[[Connection, Engine], None]
+
+
+def patience(descriptor: int) -> tuple[int, int]:
+    """How long the kernel waits for the other end of a connection: for what was sent, and for an answer. Seconds."""
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        idle, interval, count = (
+            connection.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        )
+        sent = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        return sent // 1000, idle + interval * count
+
+
+def test_host_that_falls_silent_is_away_within_seconds(
+    ledger: Engine, settings_environment: Callable[..., None]
+) -> None:
+    """One without power closes no connection; the kernel's own patience is hours."""
+    waits = [in_transaction(ledger, lambda tx: patience(tx.connection.driver_connection.fileno()))]
+    with Relay(load_settings(), app, Event())._listen() as connection:
+        waits.append(patience(connection.fileno()))
+
+    async def trigger() -> tuple[int, int]:
+        async with share_async_ledger().connect() as connection:
+            return patience((await connection.get_raw_connection()).driver_connection.fileno())
+
+    async def both() -> tuple[int, int]:
+        try:
+            return await trigger()
+        finally:
+            await close_async_ledger()
+
+    waits.append(asyncio.run(both()))
+    assert waits == [(30, 30)] * 3
 
 
 def backend(tx: Connection) -> int:
