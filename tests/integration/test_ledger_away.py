@@ -12,8 +12,10 @@ import pytest
 from sqlalchemy import Connection, Engine, text
 
 from dags.connections import close_async_ledger, share_async_ledger
+from tests import ledger_jobs
 from virnucpro_core.errors import ServiceError
-from virnucpro_core.ledger.database import in_transaction
+from virnucpro_core.ledger.database import in_transaction, open_ledger
+from virnucpro_core.ledger.transitions import lock_job
 from virnucpro_core.settings import load_settings
 from workers.app import app
 from workers.persistence import Persistence
@@ -56,6 +58,18 @@ def test_host_that_falls_silent_is_away_within_seconds(
 
     waits.append(asyncio.run(both()))
     assert waits == [(30, 30)] * 3
+
+
+def test_table_that_a_migration_changes_under_a_process_costs_it_nothing(ledger: Engine) -> None:
+    """PostgreSQL refuses a statement once that was prepared before its table had another column."""
+    in_transaction(ledger, ledger_jobs.add_model)
+    job = in_transaction(ledger, ledger_jobs.register, ledger_jobs.scan()).job_id
+    for _ in range(8):  # psycopg prepares what comes again and again
+        in_transaction(ledger, lock_job, job)
+    owner = open_ledger(ledger.url.render_as_string(hide_password=False))
+    in_transaction(owner, lambda tx: tx.execute(text("ALTER TABLE jobs ADD COLUMN later bigint")))
+    assert in_transaction(ledger, lock_job, job).later is None
+    owner.dispose()
 
 
 def backend(tx: Connection) -> int:

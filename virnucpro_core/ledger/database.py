@@ -25,6 +25,7 @@ SILENT_SECONDS = 30  # a host that says nothing for so long is away: one without
 IDLE_TIMEOUT = 20  # seconds a transaction may wait for its client: a stopped process must not keep its locks
 SERIALIZATION_FAILURE, DEADLOCK_DETECTED = "40001", "40P01"
 UNDEFINED_TABLE, INVALID_PASSWORD, INVALID_CATALOG = "42P01", "28P01", "3D000"
+CHANGED_TABLE = "0A000"  # a statement was prepared before a migration gave its table another column
 IDLE_TOO_LONG, READ_ONLY = "25P03", "25006"  # InternalError to the driver, as if they were its own bugs
 
 
@@ -63,7 +64,7 @@ def hide_password(url: str) -> str:
 def in_transaction(
     ledger: Engine, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
 ) -> T:
-    """Run `function(connection, ...)` in one transaction, again if PostgreSQL found a deadlock.
+    """Run `function(connection, ...)` in one transaction, again if PostgreSQL found a deadlock, or a table changed.
 
     Raises:
         ServiceError: if the database cannot be reached, refuses us, drops us, takes no writes, or lacks our tables.
@@ -93,7 +94,7 @@ def sqlstate(error: BaseException) -> str | None:
 
 
 def is_conflict(error: BaseException) -> bool:
-    return sqlstate(error) in (SERIALIZATION_FAILURE, DEADLOCK_DETECTED)
+    return sqlstate(error) in (SERIALIZATION_FAILURE, DEADLOCK_DETECTED, CHANGED_TABLE)
 
 
 def explain(error: DBAPIError, ledger: Engine) -> ServiceError | None:
