@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable
-from threading import Event
+from threading import Event, Thread
 
 import pytest
 from sqlalchemy import Connection, Engine, text
@@ -58,6 +58,43 @@ def test_host_that_falls_silent_is_away_within_seconds(
 
     waits.append(asyncio.run(both()))
     assert waits == [(30, 30)] * 3
+
+
+def test_relay_that_sleeps_gives_its_place_to_the_next(
+    ledger: Engine, settings_environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped process, or a host without power, closes no connection; the lock would stay with it."""
+    monkeypatch.setattr("workers.relay.ASLEEP_SECONDS", 1)
+    first, second = (Relay(load_settings(), app, Event()) for _ in range(2))
+    asleep, wake, served, again = Event(), Event(), Event(), Event()
+
+    def sleep() -> float:
+        (again if asleep.is_set() else asleep).set()
+        wake.wait(20)
+        return 0.05
+
+    def serve() -> float:
+        served.set()
+        return 0.05
+
+    monkeypatch.setattr(first, "turn", sleep)
+    monkeypatch.setattr(second, "turn", serve)
+    threads = [Thread(target=one.run) for one in (first, second)]
+    try:
+        threads[0].start()
+        assert asleep.wait(10)
+        threads[1].start()
+        assert served.wait(10)
+        wake.set()
+        assert not again.wait(2)  # awake, it waits behind the other
+        second.stop.set()
+        assert again.wait(10)
+    finally:
+        wake.set()
+        for one, thread in zip((first, second), threads, strict=True):
+            one.stop.set()
+            if thread.ident:
+                thread.join(10)
 
 
 def test_table_that_a_migration_changes_under_a_process_costs_it_nothing(ledger: Engine) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import TYPE_CHECKING
 
 import pytest
@@ -286,43 +286,6 @@ def test_second_relay_waits_until_the_first_is_gone(
     pipeline.submit(small_fasta)
     with redis.Redis.from_url(broker_url) as broker:
         pipeline.wait_until(lambda: queued(broker) == 2)
-
-
-def test_relay_that_sleeps_gives_its_place_to_the_next(
-    relay: Relay, celery: Celery, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stopped process, or a host without power, closes no connection; the lock would stay with it."""
-    monkeypatch.setattr("workers.relay.ASLEEP_SECONDS", 1)
-    second = Relay(load_settings(), celery, Event())
-    asleep, wake, served, again = Event(), Event(), Event(), Event()
-
-    def sleep() -> float:
-        (again if asleep.is_set() else asleep).set()
-        wake.wait(20)
-        return 0.05
-
-    def serve() -> float:
-        served.set()
-        return 0.05
-
-    monkeypatch.setattr(relay, "turn", sleep)
-    monkeypatch.setattr(second, "turn", serve)
-    threads = [Thread(target=one.run) for one in (relay, second)]
-    try:
-        threads[0].start()
-        assert asleep.wait(10)
-        threads[1].start()
-        assert served.wait(10)
-        wake.set()
-        assert not again.wait(2)  # awake, it waits behind the other
-        second.stop.set()
-        assert again.wait(10)
-    finally:
-        wake.set()
-        for one, thread in zip((relay, second), threads, strict=True):
-            one.stop.set()
-            if thread.ident:
-                thread.join(10)
 
 
 def test_relay_goes_on_after_its_connections_were_cut(
