@@ -10,7 +10,7 @@ from functools import cache
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from virnucpro_core.ledger.database import CONNECT_TIMEOUT, check_migrated, open_ledger
+from virnucpro_core.ledger.database import check_migrated, connect_arguments, open_ledger
 from virnucpro_core.settings import load_settings
 
 _shared: dict[asyncio.AbstractEventLoop, AsyncEngine] = {}
@@ -58,7 +58,7 @@ def share_async_ledger() -> AsyncEngine:
             pool_pre_ping=True,
             pool_size=2,
             max_overflow=0,
-            connect_args={"connect_timeout": CONNECT_TIMEOUT, "application_name": "virnucpro trigger"},
+            connect_args=connect_arguments("virnucpro trigger"),
         )
     return _shared[loop]
 

@@ -10,8 +10,16 @@ from alembic import op
 
 def grant(grants: Mapping[str, Sequence[str]]) -> None:
     """Carry out each role's statements, to which `TO role` is added."""
+    carry_out(grants, "TO")
+
+
+def revoke(revocations: Mapping[str, Sequence[str]]) -> None:
+    """Carry out each role's statements, to which `FROM role` is added."""
+    carry_out(revocations, "FROM")
+
+
+def carry_out(statements: Mapping[str, Sequence[str]], preposition: str) -> None:
     known = set(op.get_bind().scalars(sa.text("SELECT rolname FROM pg_roles")))
-    for role, statements in grants.items():
-        if role in known:
-            for statement in statements:
-                op.execute(f"{statement} TO {role}")
+    for role in known & statements.keys():
+        for statement in statements[role]:
+            op.execute(f"{statement} {preposition} {role}")

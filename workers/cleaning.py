@@ -14,6 +14,7 @@ from virnucpro_core.features.files import remove_abandoned
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.queries import artifacts_of
 from virnucpro_core.ledger.retention import expired_jobs, needed_spools, remove_chunks, removed_folder
+from virnucpro_core.ledger.tallies import fold_tallies
 from virnucpro_core.ledger.transitions import EXTRACT
 from virnucpro_core.ledger.work import Work, artifact_folder, job_folder
 from virnucpro_core.settings import Settings
@@ -65,13 +66,17 @@ def remove_unrecorded(ledger: Engine, work: Work, settings: Settings) -> None:
 
 
 def remove_expired(ledger: Engine, settings: Settings) -> None:
-    """Remove the chunk artifacts and spooled inputs of jobs that succeeded longer ago than the settings keep them."""
+    """Remove the chunk artifacts and spooled inputs of jobs that succeeded longer ago than the settings keep them.
+
+    Workers gone for as long lose their own tallies to the sum.
+    """
     try:
         for job in in_transaction(ledger, expired_jobs, keep_days=settings.keep_chunks_days):
             removed = in_transaction(ledger, remove_chunks, job, output_root(settings))
             log.info("chunks_removed", job=job, files=removed)
         empty_removed(settings)
         remove_spools(ledger, settings)
+        in_transaction(ledger, fold_tallies, keep_days=settings.keep_chunks_days)
     except (OSError, VirnucproError) as error:
         log.warning("cleaning_stopped", reason=str(error))
 

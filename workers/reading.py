@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 from virnucpro_core.errors import InputError, ServiceError
 from virnucpro_core.failures import Failure, FailureReason
 from virnucpro_core.ledger.database import in_transaction
-from virnucpro_core.ledger.queries import next_pending
+from virnucpro_core.ledger.queries import next_published
 from virnucpro_core.ledger.transitions import EXTRACT, Declined, describe
 from virnucpro_core.ledger.work import Work
 from virnucpro_core.logs import about, about_work
@@ -86,7 +86,7 @@ class LookAhead:
     def _read(self, worker_id: int) -> None:
         with about(worker=worker_id):
             try:
-                likely = in_transaction(self.ledger, next_pending, self.queue, CHUNKS_AHEAD)
+                likely = in_transaction(self.ledger, next_published, self.queue, CHUNKS_AHEAD)
                 for chunk_id in self.batches.keys() - set(likely):
                     self.batches.pop(chunk_id, None)
                 for chunk_id in likely:

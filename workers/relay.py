@@ -4,7 +4,7 @@
 
 It publishes what the outbox says is due, in a bounded window: the backlog stays in the ledger, where it is
 safe and can be counted. Woken by NOTIFY, it looks every second without it, too. A second relay waits until
-the first is gone.
+the first is gone, or has slept for `ASLEEP_SECONDS`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import Connection, Engine, make_url
 
 from virnucpro_core.errors import ServiceError, VirnucproError
-from virnucpro_core.ledger.database import CONNECT_TIMEOUT, check_migrated, in_transaction, open_ledger
+from virnucpro_core.ledger.database import check_migrated, connect_arguments, in_transaction, open_ledger
 from virnucpro_core.ledger.outbox import (
     Message,
     QueueState,
@@ -45,6 +45,10 @@ GATHER_SECONDS = 0.02
 """After a notification, time for more to come: one turn serves them all. Workers have messages in stock meanwhile."""
 
 LONGEST_PAUSE = 10.0  # seconds between attempts while the database or the broker is away
+ASLEEP_SECONDS = 30.0
+"""A relay that PostgreSQL hears nothing of for so long loses its lock to the next: its process may be stopped, or its
+host without power. A turn takes less, also while the broker hangs."""
+
 RELAY_LOCK = 0x7669726E  # any number, but the same in every relay of a ledger ("virn")
 
 
@@ -78,8 +82,7 @@ class Relay:
         return psycopg.connect(
             url.render_as_string(hide_password=False),
             autocommit=True,
-            connect_timeout=CONNECT_TIMEOUT,
-            application_name="virnucpro relay",
+            **connect_arguments("virnucpro relay", idle_session_timeout=f"{ASLEEP_SECONDS:g}s"),
         )
 
     def _is_alone(self, connection: psycopg.Connection[tuple[object, ...]]) -> bool:
@@ -105,6 +108,7 @@ class Relay:
         self.reap_due = time.monotonic() + self.settings.lease_seconds
         pause = 0.0
         while not self.stop.is_set():
+            connection.execute("SELECT 1")  # we are awake, and still have the lock
             try:
                 wait = self.turn()
                 pause = 0.0
@@ -133,24 +137,30 @@ class Relay:
             self.reap_due = time.monotonic() + TURN_SECONDS
         republish = self.settings.republish_seconds
         for state in in_transaction(self.ledger, queue_states, republish_seconds=republish):
-            self._fill(state)
-            if state.overdue and self._is_empty(state.queue):
-                sent = in_transaction(self.ledger, self._republish, state.queue)
+            published = state.published + self._fill(state)
+            # Whoever lost one must not wait until the queue is empty: that may be days of other jobs' work.
+            missing = published - self._count_waiting(state.queue) if state.overdue else 0
+            if missing > 0:
+                sent = in_transaction(self.ledger, self._republish, state.queue, missing)
                 log.warning("messages_sent_again", queue=state.queue, messages=sent)
         return in_transaction(self.ledger, seconds_until_due, TURN_SECONDS)
 
-    def _fill(self, state: QueueState) -> None:
-        """Publish up to the window: a few messages for each worker."""
+    def _fill(self, state: QueueState) -> int:
+        """Publish up to the window, a few messages for each worker; returns how many."""
         window = max(1, state.workers) * self.settings.window_per_worker
-        if window > state.published:
-            in_transaction(self.ledger, self._publish_due, state.queue, window - state.published)
+        if window <= state.published:
+            return 0
+        return in_transaction(self.ledger, self._publish_due, state.queue, window - state.published)
 
-    def _publish_due(self, tx: Connection, queue: str, limit: int) -> None:
+    def _publish_due(self, tx: Connection, queue: str, limit: int) -> int:
+        messages = take_due(tx, queue, limit)
         # Sent before the commit: a message may come twice, but never not at all.
-        self._send(take_due(tx, queue, limit))
+        self._send(messages)
+        return len(messages)
 
-    def _republish(self, tx: Connection, queue: str) -> int:
-        messages = take_overdue(tx, queue, republish_seconds=self.settings.republish_seconds)
+    def _republish(self, tx: Connection, queue: str, limit: int) -> int:
+        republish = self.settings.republish_seconds
+        messages = take_overdue(tx, queue, limit, republish_seconds=republish)
         self._send(messages)
         return len(messages)
 
@@ -169,14 +179,14 @@ class Relay:
             with about(job=message.job_id, chunk=message.chunk_id, stage=message.stage, title=message.title):
                 log.info("message_sent", queue=message.queue)
 
-    def _is_empty(self, queue: str) -> bool:
-        """Whether the broker holds no message of a queue that nobody has taken yet."""
+    def _count_waiting(self, queue: str) -> int:
+        """Messages of a queue that the broker holds and nobody has taken yet."""
         with self.celery.connection_for_read() as connection:
             try:
                 declared = self.celery.amqp.queues[queue].bind(connection.default_channel).queue_declare()
             except connection.connection_errors + connection.channel_errors as error:
                 raise BrokerError(str(error)) from error
-            return bool(declared.message_count == 0)
+            return int(declared.message_count)
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from sqlalchemy import Connection, Engine, text
 
 from tests import ledger_jobs as jobs
-from virnucpro_core.ledger import queries, retention
+from virnucpro_core.ledger import queries, retention, tallies
 from virnucpro_core.ledger.database import in_transaction, open_ledger
 from virnucpro_core.ledger.jobs import resume
 from virnucpro_core.ledger.retention import remove_chunks
@@ -144,3 +145,29 @@ def test_spooled_copies_go_when_no_job_needs_them(owner: Engine, worker: Engine,
     finish_earlier(owner, days=8)
     remove_expired(worker, load_settings())
     assert set(spool.iterdir()) == {fresh}
+
+
+def test_tallies_of_workers_long_gone_are_put_together_and_none_is_lost(
+    owner: Engine, worker: Engine, job_id: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prometheus takes a counter that falls, by however little, for one that began anew."""
+    result_of = jobs.result_of
+    monkeypatch.setattr(
+        jobs, "result_of", lambda claim, *_: replace(result_of(claim), seconds=claim.worker_id / 13)
+    )
+    for content in ("b", "c", "d", "e"):
+        registered = in_transaction(owner, jobs.register, jobs.scan(content=content))
+        in_transaction(owner, jobs.run_job, registered.job_id, in_transaction(owner, jobs.start_worker))
+    leave = text("""
+        UPDATE workers SET state = 'gone', heartbeat_at = now() - make_interval(days => :days) WHERE id = :worker
+    """)
+    for days, gone in ((20, 1), (9, 2), (8, 3), (6, 4)):
+        in_transaction(owner, lambda tx, **of: tx.execute(leave, of), days=days, worker=gone)
+    before = in_transaction(worker, tallies.read_tallies)
+    for _ in range(2):
+        remove_expired(worker, load_settings())
+        assert in_transaction(worker, tallies.read_tallies) == before
+        of = in_transaction(
+            worker, lambda tx: tx.execute(text("SELECT worker_id FROM tallies")).scalars().all()
+        )
+        assert set(of) == {1, 4, 5}

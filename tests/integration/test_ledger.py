@@ -109,6 +109,16 @@ def test_a_job_that_no_worker_may_run_holds_up_no_other(tx: Connection) -> None:
     assert len(take_due(tx, "extract", 99)) == 8, "put off, not lost"
 
 
+def test_what_no_worker_may_run_is_not_read_ahead(tx: Connection) -> None:
+    pinned = jobs.register(tx, jobs.scan(chunks=9)).job_id
+    for chunk in jobs.pending_chunks(tx, pinned):
+        send_again(tx, chunk, delay=0, reason="its job is pinned")
+    other = jobs.register(tx, jobs.scan(content="b")).job_id
+    for message in take_due(tx, "extract", 3):
+        assert message.job_id == other
+    assert queries.next_published(tx, "extract", 2) == jobs.pending_chunks(tx, other)[:2]
+
+
 def test_a_chunk_that_was_only_declined_does_not_hide_one_that_failed(tx: Connection) -> None:
     job_id = jobs.register(tx, jobs.scan()).job_id
     first, second, _ = jobs.pending_chunks(tx, job_id)

@@ -2,19 +2,111 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import socket
 from collections.abc import Callable
-from threading import Event
+from threading import Event, Thread
 
 import pytest
 from sqlalchemy import Connection, Engine, text
 
+from dags.connections import close_async_ledger, share_async_ledger
+from tests import ledger_jobs
 from virnucpro_core.errors import ServiceError
-from virnucpro_core.ledger.database import in_transaction
+from virnucpro_core.ledger.database import in_transaction, open_ledger
+from virnucpro_core.ledger.transitions import lock_job
+from virnucpro_core.settings import load_settings
+from workers.app import app
 from workers.persistence import Persistence
+from workers.relay import Relay
 
 pytestmark = pytest.mark.integration
 
 Interrupt = Callable[[Connection, Engine], None]
+
+
+def patience(descriptor: int) -> tuple[int, int]:
+    """How long the kernel waits for the other end of a connection: for what was sent, and for an answer. Seconds."""
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        idle, interval, count = (
+            connection.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        )
+        sent = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        return sent // 1000, idle + interval * count
+
+
+def test_host_that_falls_silent_is_away_within_seconds(
+    ledger: Engine, settings_environment: Callable[..., None]
+) -> None:
+    """One without power closes no connection; the kernel's own patience is hours."""
+    waits = [in_transaction(ledger, lambda tx: patience(tx.connection.driver_connection.fileno()))]
+    with Relay(load_settings(), app, Event())._listen() as connection:
+        waits.append(patience(connection.fileno()))
+
+    async def trigger() -> tuple[int, int]:
+        async with share_async_ledger().connect() as connection:
+            return patience((await connection.get_raw_connection()).driver_connection.fileno())
+
+    async def both() -> tuple[int, int]:
+        try:
+            return await trigger()
+        finally:
+            await close_async_ledger()
+
+    waits.append(asyncio.run(both()))
+    assert waits == [(30, 30)] * 3
+
+
+def test_relay_that_sleeps_gives_its_place_to_the_next(
+    ledger: Engine, settings_environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped process, or a host without power, closes no connection; the lock would stay with it."""
+    monkeypatch.setattr("workers.relay.ASLEEP_SECONDS", 1)
+    first, second = (Relay(load_settings(), app, Event()) for _ in range(2))
+    asleep, wake, served, again = Event(), Event(), Event(), Event()
+
+    def sleep() -> float:
+        (again if asleep.is_set() else asleep).set()
+        wake.wait(20)
+        return 0.05
+
+    def serve() -> float:
+        served.set()
+        return 0.05
+
+    monkeypatch.setattr(first, "turn", sleep)
+    monkeypatch.setattr(second, "turn", serve)
+    threads = [Thread(target=one.run) for one in (first, second)]
+    try:
+        threads[0].start()
+        assert asleep.wait(10)
+        threads[1].start()
+        assert served.wait(10)
+        wake.set()
+        assert not again.wait(2)  # awake, it waits behind the other
+        second.stop.set()
+        assert again.wait(10)
+    finally:
+        wake.set()
+        for one, thread in zip((first, second), threads, strict=True):
+            one.stop.set()
+            if thread.ident:
+                thread.join(10)
+
+
+def test_table_that_a_migration_changes_under_a_process_costs_it_nothing(ledger: Engine) -> None:
+    """PostgreSQL refuses a statement once that was prepared before its table had another column."""
+    in_transaction(ledger, ledger_jobs.add_model)
+    job = in_transaction(ledger, ledger_jobs.register, ledger_jobs.scan()).job_id
+    for _ in range(8):  # psycopg prepares what comes again and again
+        in_transaction(ledger, lock_job, job)
+    owner = open_ledger(ledger.url.render_as_string(hide_password=False))
+    in_transaction(owner, lambda tx: tx.execute(text("ALTER TABLE jobs ADD COLUMN later bigint")))
+    assert in_transaction(ledger, lock_job, job).later is None
+    owner.dispose()
 
 
 def backend(tx: Connection) -> int:

@@ -104,10 +104,10 @@ def test_what_goes_wrong_in_a_worker_is_told_with_its_ids(
         def find(event: str) -> EventDict | None:
             return next((line for line in lines if line["event"] == event), None)
 
-        monkeypatch.setattr("workers.reading.next_pending", break_down)
+        monkeypatch.setattr("workers.reading.next_published", break_down)
         process.run("extract", first)
         assert pipeline.wait_until(lambda: find("look_ahead_failed"))["worker"] == worker
-        monkeypatch.setattr("workers.reading.next_pending", lose_ledger)
+        monkeypatch.setattr("workers.reading.next_published", lose_ledger)
         process.run("extract", second)
         assert pipeline.wait_until(lambda: find("look_ahead_stopped"))["worker"] == worker
         with monkeypatch.context() as broken:

@@ -76,6 +76,13 @@ def queued(broker: redis.Redis, queue: str = "extract") -> int:
     return length
 
 
+def chunks_queued(broker: redis.Redis) -> list[int]:
+    """Whose messages the broker holds, the next one first."""
+    raw = broker.lrange(f"{KEY_PREFIX}extract", 0, -1)
+    assert isinstance(raw, list)
+    return [json.loads(base64.b64decode(json.loads(message)["body"]))[0][0] for message in reversed(raw)]
+
+
 def age_messages(ledger: Engine, seconds: float) -> None:
     """Make all published messages older than they are."""
     change = text("UPDATE outbox SET published_at = published_at - make_interval(secs => :seconds)")
@@ -132,6 +139,18 @@ def test_message_whose_row_a_stopped_process_has_locked_holds_up_no_other(
         stopped.execute(text("SELECT 1 FROM outbox WHERE chunk_id = 1 FOR UPDATE"))
         relay.turn()
         assert queued(broker) == 1
+
+
+def test_lost_message_is_sent_again_while_others_wait(
+    relay: Relay, ledger: Engine, broker: redis.Redis
+) -> None:
+    """As with a process that dies while it loads its model. It must not wait for the end of all other work."""
+    relay.turn()
+    broker.rpop(f"{KEY_PREFIX}extract")
+    age_messages(ledger, 6)
+    relay.turn()
+    relay.turn()
+    assert chunks_queued(broker) == [2, 1]
 
 
 def test_waiting_message_is_not_sent_again(relay: Relay, ledger: Engine, broker: redis.Redis) -> None:

@@ -70,7 +70,6 @@ SCHEMA = [
     "UPDATE stages SET queue = 'mine'",
     "UPDATE inputs SET sha256 = repeat('a', 64)",
     "UPDATE inputs SET compression = 'gzip'",
-    "DELETE FROM tallies",
     "UPDATE setbacks SET error = 'nothing'",
 ]
 """What neither the DAG nor a worker may do."""
@@ -96,6 +95,7 @@ DAG = [
     "UPDATE rejections SET messages = 1",
     "INSERT INTO tallies SELECT id, 'extract', 'tokens', '', 1 FROM workers",
     "UPDATE tallies SET value = 0",
+    "DELETE FROM tallies",
 ]
 """What a worker may do, or nobody, and the DAG must not: lease, run, and say what came of it."""
 

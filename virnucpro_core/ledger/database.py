@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import resources
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from alembic import command
 from alembic.config import Config
@@ -21,10 +21,30 @@ T = TypeVar("T")
 
 TRANSACTION_ATTEMPTS = 5
 CONNECT_TIMEOUT = 10  # seconds
+SILENT_SECONDS = 30  # a host that says nothing for so long is away: one without power closes no connection
 IDLE_TIMEOUT = 20  # seconds a transaction may wait for its client: a stopped process must not keep its locks
 SERIALIZATION_FAILURE, DEADLOCK_DETECTED = "40001", "40P01"
 UNDEFINED_TABLE, INVALID_PASSWORD, INVALID_CATALOG = "42P01", "28P01", "3D000"
+CHANGED_TABLE = "0A000"  # a statement was prepared before a migration gave its table another column
 IDLE_TOO_LONG, READ_ONLY = "25P03", "25006"  # InternalError to the driver, as if they were its own bugs
+
+
+def connect_arguments(application_name: str, **session: str) -> dict[str, Any]:
+    """How every connection to the ledger is made, for libpq.
+
+    Args:
+        session: settings of PostgreSQL for the session.
+    """
+    return {
+        "connect_timeout": CONNECT_TIMEOUT,
+        "application_name": application_name,
+        # The kernel's own patience is a quarter of an hour for what was sent, and hours for an answer.
+        "tcp_user_timeout": SILENT_SECONDS * 1000,
+        "keepalives_idle": SILENT_SECONDS // 3,
+        "keepalives_interval": SILENT_SECONDS // 6,
+        "keepalives_count": 4,
+        "options": " ".join(f"-c {name}={value}" for name, value in session.items()),
+    }
 
 
 def open_ledger(url: str) -> Engine:
@@ -33,11 +53,7 @@ def open_ledger(url: str) -> Engine:
         url,
         pool_pre_ping=True,
         pool_size=2,
-        connect_args={
-            "connect_timeout": CONNECT_TIMEOUT,
-            "application_name": "virnucpro",
-            "options": f"-c idle_in_transaction_session_timeout={IDLE_TIMEOUT}s",
-        },
+        connect_args=connect_arguments("virnucpro", idle_in_transaction_session_timeout=f"{IDLE_TIMEOUT}s"),
     )
 
 
@@ -48,7 +64,7 @@ def hide_password(url: str) -> str:
 def in_transaction(
     ledger: Engine, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
 ) -> T:
-    """Run `function(connection, ...)` in one transaction, again if PostgreSQL found a deadlock.
+    """Run `function(connection, ...)` in one transaction, again if PostgreSQL found a deadlock, or a table changed.
 
     Raises:
         ServiceError: if the database cannot be reached, refuses us, drops us, takes no writes, or lacks our tables.
@@ -78,7 +94,7 @@ def sqlstate(error: BaseException) -> str | None:
 
 
 def is_conflict(error: BaseException) -> bool:
-    return sqlstate(error) in (SERIALIZATION_FAILURE, DEADLOCK_DETECTED)
+    return sqlstate(error) in (SERIALIZATION_FAILURE, DEADLOCK_DETECTED, CHANGED_TABLE)
 
 
 def explain(error: DBAPIError, ledger: Engine) -> ServiceError | None:

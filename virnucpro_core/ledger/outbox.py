@@ -78,8 +78,11 @@ def take_due(tx: Connection, queue: str, limit: int) -> list[Message]:
     )
 
 
-def take_overdue(tx: Connection, queue: str, *, republish_seconds: float) -> list[Message]:
-    """The messages that were published long ago and that nobody claimed, marked as published now."""
+def take_overdue(tx: Connection, queue: str, limit: int, *, republish_seconds: float) -> list[Message]:
+    """Up to `limit` messages that were published long ago and that nobody claimed, marked as published now.
+
+    Those published first: if some are lost and others still wait in the queue, these came later.
+    """
     return messages(
         tx,
         tx.execute(
@@ -87,10 +90,10 @@ def take_overdue(tx: Connection, queue: str, *, republish_seconds: float) -> lis
                 UPDATE outbox SET published_at = now()
                  WHERE id IN (SELECT id FROM outbox
                                WHERE queue = :queue AND published_at < now() - make_interval(secs => :age)
-                                 FOR UPDATE SKIP LOCKED)
+                               ORDER BY published_at, chunk_id LIMIT :limit FOR UPDATE SKIP LOCKED)
                 RETURNING chunk_id
             """),
-            {"queue": queue, "age": republish_seconds},
+            {"queue": queue, "age": republish_seconds, "limit": limit},
         )
         .scalars()
         .all(),

@@ -312,13 +312,14 @@ def list_models(tx: Connection) -> Sequence[Row[Any]]:
     return tx.execute(text("SELECT * FROM models ORDER BY name")).all()
 
 
-def next_pending(tx: Connection, queue: str, limit: int) -> list[int]:
-    """The chunks that a queue's workers are likely to be sent next. A guess, for reading ahead."""
+def next_published(tx: Connection, queue: str, limit: int) -> list[int]:
+    """The chunks whose messages a queue's workers get next. A guess, for reading ahead."""
     return list(
         tx.execute(
-            text(
-                "SELECT chunk_id FROM outbox WHERE queue = :queue AND due_at <= now() ORDER BY chunk_id LIMIT :limit"
-            ),
+            text("""
+                SELECT chunk_id FROM outbox WHERE queue = :queue AND published_at IS NOT NULL
+                 ORDER BY published_at, chunk_id LIMIT :limit
+            """),
             {"queue": queue, "limit": limit},
         ).scalars()
     )

@@ -1,6 +1,7 @@
 """Tallies: what workers have done in all. Unlike a job's counters they never fall, so that rates can be made of them.
 
-Each worker adds to rows of its own: no commit waits for another's. The sum over all workers is what counts.
+Each worker adds to rows of its own: no commit waits for another's. The sum over all workers is what counts, so
+those of workers long gone are put together.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ CHUNKS, SECONDS = "chunks", "seconds"  # chunks are labelled by the upper bound 
 DUPLICATES = "duplicates"
 SETBACKS = "setbacks"  # labelled by their kind
 
+TICKS = 1024
+"""Parts of a second that seconds are counted in. Sums of such are exact, whatever they are put together of: a counter
+that falls by a rounding error would be taken for one that began anew."""
+
 ADD = text("""
     INSERT INTO tallies (worker_id, stage, name, label, value)
     SELECT :worker, :stage, added.* FROM unnest(CAST(:names AS text[]), CAST(:labels AS text[]),
@@ -31,11 +36,24 @@ ADD = text("""
     ON CONFLICT (worker_id, stage, name, label) DO UPDATE SET value = tallies.value + excluded.value
 """)
 
+FOLD = text("""
+    WITH gone AS (
+         DELETE FROM tallies t USING workers w
+          WHERE w.id = t.worker_id AND w.id > (SELECT min(id) FROM workers)
+            AND w.state <> 'live' AND w.heartbeat_at < now() - make_interval(secs => :keep)
+         RETURNING t.stage, t.name, t.label, t.value)
+    INSERT INTO tallies (worker_id, stage, name, label, value)
+    SELECT (SELECT min(id) FROM workers), stage, name, label,
+           ceil(sum(value) * :ticks) / :ticks  -- earlier versions counted seconds to the last bit
+      FROM gone GROUP BY stage, name, label ORDER BY stage, name, label
+    ON CONFLICT (worker_id, stage, name, label) DO UPDATE SET value = tallies.value + excluded.value
+""")
+
 
 def count_commit(tx: Connection, claim: Claim, result: Result) -> None:
     """Add what came of a chunk, with its commit."""
     bound = next(bound for bound in CHUNK_SECONDS if result.seconds <= bound)
-    added = {(CHUNKS, str(bound)): 1.0, (SECONDS, ""): result.seconds}
+    added = {(CHUNKS, str(bound)): 1.0, (SECONDS, ""): round(result.seconds * TICKS) / TICKS}
     if result.embeddings or result.failures:
         outcomes = Counter(str(failure.reason) for failure in result.failures)
         outcomes[EMBEDDED] = result.embeddings
@@ -66,6 +84,13 @@ def add(tx: Connection, worker_id: int, stage: str, added: Mapping[tuple[str, st
     )
 
 
+def fold_tallies(tx: Connection, *, keep_days: float) -> None:
+    """Give the first worker the tallies of those that have been gone for `keep_days`, or what is read would grow
+    with every process that ever ran. The sums stay as they are.
+    """
+    tx.execute(FOLD, {"keep": keep_days * 86_400, "ticks": float(TICKS)})
+
+
 @dataclass(frozen=True, slots=True)
 class Tallies:
     """The sums over all workers, by stage, name and label."""
@@ -93,6 +118,6 @@ class Tallies:
 
 
 def read_tallies(tx: Connection) -> Tallies:
-    """All tallies; reads a few rows for each worker that ever was."""
+    """All tallies; reads a few rows for each worker that has not been gone for long."""
     rows = tx.execute(text("SELECT stage, name, label, sum(value) FROM tallies GROUP BY stage, name, label"))
     return Tallies({(stage, name, label): value for stage, name, label, value in rows})
