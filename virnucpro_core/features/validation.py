@@ -173,8 +173,7 @@ def validate_merged(merged: Written, matrix: Matrix) -> list[str]:
     import torch
 
     try:
-        # Hashed first: a decoder may take a file that cannot be read for one that is damaged.
-        sha256 = hash_file(merged.path)
+        sha256 = hash_file(merged.path)  # first, as in `_compare_export`
         content = load_pt(merged.path, {"ids", "data"}, optional={"labels"})
         ids, data = read_strings(content["ids"], merged.path), content["data"]
     except ArtifactError as error:
@@ -260,10 +259,11 @@ def _rows(matrix: Matrix) -> Iterator[tuple[int, str]]:
 
 
 def _compare_export(export: Written, matrix: Matrix, start: int, stop: int) -> list[str]:
+    # Hashed first: a decoder may take a file that cannot be read for one that is damaged.
     sha256 = hash_file(export.path)
-    ids, rows = read_pt(export.path)
     if sha256 != export.sha256:
         return [f"{export.path}: sha256 {sha256} instead of {export.sha256}"]
+    ids, rows = read_pt(export.path)
     if ids != matrix.ids(start, stop):
         return [f"{export.path}: its ids are not rows {start + 1} to {stop} of the matrix"]
     if not _equal(rows, matrix, start):
