@@ -119,7 +119,7 @@ def test_truncation_counts_and_still_checks_the_whole_record() -> None:
     data = b">a\n" + b"M" * 9 + b"J\n>b\n" + b"K" * 8 + b"\n>c\n" + b"L" * 9 + b"1\n"
     batch = parse_records(data, first_record=1, truncation=8)
     assert tokens_of(batch) == [encode(b"M" * 8), encode(b"K" * 8)]
-    assert (batch.residues, batch.truncated, batch.unknown) == (18, 1, 0)
+    assert (batch.residues, batch.truncated, batch.unknown) == (10 + 8 + 10, 1, 0)
     assert batch.failures == [
         Failure(3, "c", FailureReason.INVALID_RESIDUE, "'1' at residue 10 is not an amino acid")
     ]

@@ -51,7 +51,7 @@ class Counts:
         records: in the input; always embeddings + failures.
         embeddings: rows of the result.
         failures: records without an embedding, by reason; no reason that did not occur.
-        residues: read, before truncation.
+        residues: of all records, before truncation.
         tokens: computed, BOS and EOS included.
         truncated: records that were cut.
         unknown: residues that became <unk>.
