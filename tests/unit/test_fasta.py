@@ -94,6 +94,7 @@ def test_bytes_that_are_no_letters_fail_the_record(byte: int, policy: ResiduePol
         pytest.param(b">a M\xfcller\nMK\n", "a", FailureReason.BAD_HEADER, id="latin-1 description"),
         pytest.param(b">a\0b\nMK\n", "a\\x00b", FailureReason.BAD_HEADER, id="NUL in the id"),
         pytest.param(b">a\x1b[2J\nMK\n", "a\\x1b[2J", FailureReason.BAD_HEADER, id="escape sequence"),
+        pytest.param(b">a x\rMK\r>b\rLV\r>c\nMK\n", "a", FailureReason.BAD_HEADER, id="mixed line ends"),
         pytest.param(b">a\n>", "a", FailureReason.EMPTY, id="empty, then an empty header"),
         pytest.param(b">a x\n", "a", FailureReason.EMPTY, id="no sequence"),
         pytest.param(b">a", "a", FailureReason.EMPTY, id="header alone"),
@@ -108,6 +109,11 @@ def test_bad_records_are_failures(data: bytes, record_id: str, reason: FailureRe
     assert batch.ids[0] == record_id
     assert batch.ids[-1] == "good"
     assert tokens_of(batch) == [encode(b"MK")]
+
+
+def test_a_header_may_end_in_carriage_returns() -> None:
+    batch = parse_records(b">a x\r\r\nMK\r\r\n", first_record=1)
+    assert (batch.ids, batch.failures, tokens_of(batch)) == (["a"], [], [encode(b"MK")])
 
 
 def test_ids_are_the_first_word_in_utf8() -> None:
@@ -159,7 +165,7 @@ def expect_failure(header: bytes, residues: bytes, policy: ResiduePolicy) -> Fai
     if not words:
         return FailureReason.NO_ID
     is_utf8 = header.decode(errors="ignore").encode() == header
-    if not is_utf8 or not words[0].decode().isprintable():
+    if not is_utf8 or not words[0].decode().isprintable() or b"\r" in header.rstrip():
         return FailureReason.BAD_HEADER
     if not residues:
         return FailureReason.EMPTY

@@ -212,6 +212,12 @@ def _read_id(header: bytes) -> tuple[str, tuple[FailureReason, str] | None]:
     except UnicodeDecodeError as error:
         detail = f"the header is not UTF-8: byte 0x{error.object[error.start]:02x}"
         return _escape(word), (FailureReason.BAD_HEADER, detail)
+    if b"\r" in header.rstrip():
+        # Where some lines end in it alone, a header swallows its own sequence, and the records behind it.
+        return _escape(word), (
+            FailureReason.BAD_HEADER,
+            "a carriage return within the header: is it a line end?",
+        )
     if not record_id.isprintable():
         return _escape(word), (FailureReason.BAD_HEADER, f"the id is unprintable: {record_id!r}")
     return record_id, None
