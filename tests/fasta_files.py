@@ -77,7 +77,22 @@ def write_records(
 messy_fasta = st.lists(
     st.one_of(
         st.sampled_from(
-            [b">", b"\n", b"\r\n", b"\n>", b"\n>id", b"*", b"**\n", b" ", b"\t", b"J", b"\0", b"7", b"\xff"]
+            [
+                b">",
+                b"\n",
+                b"\r",
+                b"\r\n",
+                b"\n>",
+                b"\n>id",
+                b"*",
+                b"**\n",
+                b" ",
+                b"\t",
+                b"J",
+                b"\0",
+                b"7",
+                b"\xff",
+            ]
         ),
         st.sampled_from(
             [

@@ -21,6 +21,7 @@ from virnucpro_core.settings import Settings
 
 WHOLE = 1 << 62  # residues: no record is cut
 IDS_AT_ONCE = 100_000
+MOST_DIGITS = 18  # of a record's number
 
 
 def find_records(
@@ -37,7 +38,8 @@ def find_records(
         ArtifactError: there is a result, and it cannot be read.
     """
     job = in_transaction(ledger, get_job, job_id)
-    if not as_id and wanted.isdecimal() and 1 <= int(wanted) <= job.records:
+    is_short = len(wanted) <= MOST_DIGITS  # Python refuses to read a number of thousands of digits
+    if not as_id and is_short and wanted.isdecimal() and 1 <= int(wanted) <= job.records:
         return [int(wanted)]
     result = find_result(settings, in_transaction(ledger, artifacts_of, job_id, stage=MERGE))
     if result is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine
 
 from virnucpro_core.errors import ArtifactError, ServiceError
-from virnucpro_core.features.files import hash_file
+from virnucpro_core.features.files import hash_file, is_unreadable
 from virnucpro_core.features.manifests import read_manifest
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.queries import (
@@ -107,8 +107,8 @@ class Reader:
             cause = error.__cause__ if isinstance(error, ArtifactError) else error
             if isinstance(cause, FileNotFoundError):
                 return Fault(name, "it is missing")
-            # An ArtifactError without a cause tells of the bytes: the file was cut short while it was read.
-            return Fault(name, f"it cannot be read: {error}", readable=cause is None)
+            # What is cut short while it is read is lost, too.
+            return Fault(name, f"it cannot be read: {error}", readable=not is_unreadable(error))
         found = self.digests[inode]
         if found in expected:
             return None

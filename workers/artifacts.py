@@ -7,9 +7,9 @@ from pathlib import Path
 
 import structlog
 
-from virnucpro_core.errors import ArtifactError, OutsideError
-from virnucpro_core.features.files import Written, hash_file
-from virnucpro_core.ledger.queries import ArtifactRow, SubmissionRow
+from virnucpro_core.errors import ArtifactError, OutsideError, ServiceError
+from virnucpro_core.features.files import Written, hash_file, is_unreadable
+from virnucpro_core.ledger.queries import UNREADABLE_ADVICE, ArtifactRow, SubmissionRow
 from virnucpro_core.ledger.work import RESULTS, NewArtifact, Work
 from virnucpro_core.roots import OUTPUT_ADVICE, resolve_below
 from virnucpro_core.settings import Settings
@@ -68,12 +68,18 @@ def as_written(row: ArtifactRow, settings: Settings) -> Written:
 
 
 def find_unsound(artifacts: Sequence[ArtifactRow], settings: Settings) -> list[int]:
-    """Ids of the artifacts whose bytes are gone or are not those that were recorded."""
+    """Ids of the artifacts whose bytes are gone or are not those that were recorded.
+
+    Raises:
+        ServiceError: one cannot be read. It may be intact, so none is told to be made again.
+    """
     unsound = []
     for row in artifacts:
         try:
             sound = hash_file(locate(row, settings)) == row.sha256
         except ArtifactError as error:
+            if is_unreadable(error):
+                raise ServiceError(error.what, where=error.where, todo=UNREADABLE_ADVICE) from error
             log.warning("artifact_unreadable", reason=str(error))
             sound = False
         if not sound:

@@ -9,7 +9,7 @@ from pathlib import Path
 import structlog
 
 from virnucpro_core.errors import ArtifactError
-from virnucpro_core.features.publishing import publish, publish_result
+from virnucpro_core.features.publishing import publish, publish_result, remove_replaced
 from virnucpro_core.ledger.work import FAILURES, MANIFEST, MERGED, REPORT, SUFFIXES
 
 log = structlog.get_logger()
@@ -63,4 +63,4 @@ class Publication:
         if source is not None:
             publish(source, self.folder / name)
         else:
-            (self.folder / name).unlink(missing_ok=True)
+            remove_replaced(self.folder / name)

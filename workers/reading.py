@@ -56,7 +56,6 @@ def condemn(batch: RecordBatch, detail: str) -> RecordBatch:
         offsets=batch.offsets[:1],
         rows=batch.rows[:0],
         failures=sorted([*batch.failures, *poisoned], key=lambda failure: failure.record),
-        residues=0,
         truncated=0,
         unknown=0,
     )

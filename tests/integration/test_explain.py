@@ -163,7 +163,7 @@ def test_story_of_a_record_from_the_queue_to_its_row(
     told = virnucpro("explain", job, "digits").out
     assert "failed, invalid_residue: '1' at residue 4 is not an amino acid" in told
     assert [one["row"] for one in explain("protein_3")] == [3, 4]
-    for wanted in ("protein_99", 13, 0):
+    for wanted in ("protein_99", 13, 0, "9" * 5000):
         ended = virnucpro("explain", job, wanted)
         assert (ended.code, f"job {job} has no record" in ended.err) == (1, True)
     assert "there is no job 99" in virnucpro("explain", 99, 1).err

@@ -18,7 +18,7 @@ from virnucpro_core.embedding.fast_esm import failures_path, manifest_path
 from virnucpro_core.embedding.model import FastEsm
 from virnucpro_core.embedding.selftest import LENGTHS, run_selftest
 from virnucpro_core.embedding.verdicts import Verdict, keep_verdict, read_verdicts
-from virnucpro_core.errors import InputError, MismatchError, WeightsError
+from virnucpro_core.errors import InputError, MismatchError, SettingsError, WeightsError
 from virnucpro_core.features.manifests import read_manifest
 from virnucpro_core.sequences.residues import VOCABULARY
 
@@ -34,6 +34,13 @@ class Untouchable:
         raise AssertionError(f"the model was touched: {name}")
 
     def __call__(self, *_: object, **__: object) -> None:
+        raise AssertionError("the model was called")
+
+
+class UntouchableModule(torch.nn.Module):
+    """A module of torch's that must not be called."""
+
+    def forward(self, *_: object, **__: object) -> None:
         raise AssertionError("the model was called")
 
 
@@ -117,7 +124,7 @@ def test_11_a_second_call_reads_the_file(
     six: tuple[Path, Path], six_content: dict[str, Any], demo_checkpoint: Path
 ) -> None:
     before = six[1].stat()
-    for model in (Untouchable(), demo_checkpoint, None):
+    for model in (Untouchable(), UntouchableModule(), demo_checkpoint, None):
         ids, data = extract_fast_esm(six[0], six[1], model)
         assert ids == six_content["proteins"]
         assert all(map(torch.equal, data, six_content["data"]))
@@ -251,6 +258,15 @@ def test_a_model_must_be_named(fasta: Path) -> None:
         extract_fast_esm(fasta, model={})
     with pytest.raises(WeightsError, match="no configuration"):
         extract_fast_esm(fasta, model=torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("truncation", [0, -1])
+def test_a_truncation_that_leaves_nothing_is_refused(
+    fasta: Path, demo_model: FastEsm, tmp_path: Path, truncation: int
+) -> None:
+    with pytest.raises(SettingsError, match=f"cannot be cut to {truncation} residues"):
+        extract_fast_esm(fasta, tmp_path / "out.pt", demo_model, truncation_seq_length=truncation)
+    assert not (tmp_path / "out.pt").exists()
 
 
 def test_a_missing_file_is_named(demo_model: FastEsm, tmp_path: Path) -> None:

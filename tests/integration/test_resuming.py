@@ -179,7 +179,9 @@ def test_nucleotides_for_a_job_that_ended_at_validate_are_merged(tx: Connection,
     assert queries.get_job(tx, job_id).stage == "merge"
 
 
-def test_rejected_nucleotides_are_noted_with_their_submission_alone(tx: Connection) -> None:
+@pytest.mark.parametrize("again", ["c" * 64, "d" * 64], ids=["the same file", "another file"])
+def test_rejected_nucleotides_are_noted_with_their_submission_alone(tx: Connection, again: str) -> None:
+    """The same file may be given again: it may have been away, or not readable, when it was to be merged."""
     job_id = jobs.register(tx, jobs.scan(chunks=1)).job_id
     bad = replace(jobs.SUBMISSION, nucleotide_path="/in/bad.pt", nucleotide_sha256="c" * 64)
     jobs.register(tx, jobs.scan(chunks=1), bad)
@@ -192,7 +194,7 @@ def test_rejected_nucleotides_are_noted_with_their_submission_alone(tx: Connecti
     assert [row.error for row in queries.submissions_of(tx, job_id)] == [None, "ids do not match"]
     jobs.run_job(tx, job_id, worker)
     assert jobs.state_of(tx, job_id) == "succeeded"
-    jobs.register(tx, jobs.scan(chunks=1), replace(bad, nucleotide_sha256="d" * 64))
+    jobs.register(tx, jobs.scan(chunks=1), replace(bad, nucleotide_sha256=again))
     assert [row.error for row in queries.submissions_of(tx, job_id)] == [None, None]
     assert queries.get_job(tx, job_id).stage == "merge"
 

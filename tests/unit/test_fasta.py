@@ -94,6 +94,7 @@ def test_bytes_that_are_no_letters_fail_the_record(byte: int, policy: ResiduePol
         pytest.param(b">a M\xfcller\nMK\n", "a", FailureReason.BAD_HEADER, id="latin-1 description"),
         pytest.param(b">a\0b\nMK\n", "a\\x00b", FailureReason.BAD_HEADER, id="NUL in the id"),
         pytest.param(b">a\x1b[2J\nMK\n", "a\\x1b[2J", FailureReason.BAD_HEADER, id="escape sequence"),
+        pytest.param(b">a x\rMK\r>b\rLV\r>c\nMK\n", "a", FailureReason.BAD_HEADER, id="mixed line ends"),
         pytest.param(b">a\n>", "a", FailureReason.EMPTY, id="empty, then an empty header"),
         pytest.param(b">a x\n", "a", FailureReason.EMPTY, id="no sequence"),
         pytest.param(b">a", "a", FailureReason.EMPTY, id="header alone"),
@@ -110,6 +111,11 @@ def test_bad_records_are_failures(data: bytes, record_id: str, reason: FailureRe
     assert tokens_of(batch) == [encode(b"MK")]
 
 
+def test_a_header_may_end_in_carriage_returns() -> None:
+    batch = parse_records(b">a x\r\r\nMK\r\r\n", first_record=1)
+    assert (batch.ids, batch.failures, tokens_of(batch)) == (["a"], [], [encode(b"MK")])
+
+
 def test_ids_are_the_first_word_in_utf8() -> None:
     batch = parse_records(">  é|1\tdescription ü\nMK\n".encode(), first_record=1)
     assert (batch.ids, batch.failures) == (["é|1"], [])
@@ -119,7 +125,7 @@ def test_truncation_counts_and_still_checks_the_whole_record() -> None:
     data = b">a\n" + b"M" * 9 + b"J\n>b\n" + b"K" * 8 + b"\n>c\n" + b"L" * 9 + b"1\n"
     batch = parse_records(data, first_record=1, truncation=8)
     assert tokens_of(batch) == [encode(b"M" * 8), encode(b"K" * 8)]
-    assert (batch.residues, batch.truncated, batch.unknown) == (18, 1, 0)
+    assert (batch.residues, batch.truncated, batch.unknown) == (10 + 8 + 10, 1, 0)
     assert batch.failures == [
         Failure(3, "c", FailureReason.INVALID_RESIDUE, "'1' at residue 10 is not an amino acid")
     ]
@@ -159,7 +165,7 @@ def expect_failure(header: bytes, residues: bytes, policy: ResiduePolicy) -> Fai
     if not words:
         return FailureReason.NO_ID
     is_utf8 = header.decode(errors="ignore").encode() == header
-    if not is_utf8 or not words[0].decode().isprintable():
+    if not is_utf8 or not words[0].decode().isprintable() or b"\r" in header.rstrip():
         return FailureReason.BAD_HEADER
     if not residues:
         return FailureReason.EMPTY

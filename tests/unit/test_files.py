@@ -7,14 +7,23 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from virnucpro_core.errors import ArtifactError
 from virnucpro_core.features import files
-from virnucpro_core.features.files import hash_file, new_file, open_artifact, read_blocks, remove_abandoned
+from virnucpro_core.features.files import (
+    hash_file,
+    is_unreadable,
+    new_file,
+    open_artifact,
+    read_blocks,
+    remove_abandoned,
+)
+from virnucpro_core.features.manifests import read_manifest
+from virnucpro_core.features.matrices import open_matrix
 
 pytestmark = pytest.mark.unit
 
@@ -194,3 +203,27 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="missing") as caught:
         hash_file(tmp_path / "nothing")
     assert caught.value.where == str(tmp_path / "nothing")
+
+
+def test_what_cannot_be_read_is_told_from_what_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    told = {}
+    for name in ("nothing", "loop"):
+        with pytest.raises(ArtifactError) as caught:
+            hash_file(tmp_path / name)
+        told[name] = is_unreadable(caught.value)
+    (tmp_path / "short").write_bytes(b"1234")
+    with open_artifact(tmp_path / "short") as file, pytest.raises(ArtifactError) as caught:
+        list(read_blocks(file, 5, tmp_path / "short"))
+    told["short"] = is_unreadable(caught.value)
+    assert told == {"nothing": False, "loop": True, "short": False}
+
+
+@pytest.mark.parametrize("read", [open_matrix, read_manifest])
+def test_an_error_of_reading_is_ours_wherever_it_comes(
+    tmp_path: Path, read: Callable[[Path], object]
+) -> None:
+    (tmp_path / "file").symlink_to("/proc/self/mem")  # it can be opened, and reading it gives EIO
+    with pytest.raises(ArtifactError, match="cannot be read: Input/output error") as caught:
+        read(tmp_path / "file")
+    assert is_unreadable(caught.value)

@@ -13,6 +13,7 @@ from virnucpro_core.errors import ArtifactError
 from virnucpro_core.features import publishing
 from virnucpro_core.features.files import remove_abandoned
 from virnucpro_core.features.publishing import publish, publish_result
+from workers.publication import Publication
 
 pytestmark = pytest.mark.unit
 
@@ -173,3 +174,23 @@ def test_a_result_that_is_not_whole_does_not_replace_the_manifest(tmp_path: Path
         )
     assert (tmp_path / "out" / "x.manifest.json").read_bytes() == b"one"
     assert (tmp_path / "out" / "x_ESM.pt").read_bytes() == b"one"
+
+
+def test_what_is_in_the_way_of_a_result_without_failures_is_named(tmp_path: Path) -> None:
+    (source := tmp_path / "artifact").write_bytes(b"rows")
+    (in_the_way := tmp_path / "out" / "x.failures.jsonl").mkdir(parents=True)
+    publication = Publication(
+        folder=tmp_path / "out",
+        stem="x",
+        exports=[source],
+        merged=None,
+        failures=None,
+        report=None,
+        manifest=source,
+    )
+    with pytest.raises(ArtifactError, match="cannot be removed") as caught:
+        publication.publish()
+    assert caught.value.where == str(in_the_way)
+    in_the_way.rmdir()
+    publication.publish()
+    assert names(tmp_path / "out") == ["x.manifest.json", "x_ESM.pt"]

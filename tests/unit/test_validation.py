@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from virnucpro_core.errors import ArtifactError
 from virnucpro_core.features.exports import write_export, write_pt
 from virnucpro_core.features.files import Written, hash_file
 from virnucpro_core.features.matrices import Matrix, open_matrix, write_matrix
@@ -151,6 +152,25 @@ def test_a_file_that_cannot_be_read_does_not_pass(tmp_path: Path, damage: str) -
         written = write_result(tmp_path / "m", [1, 2], make_rows(2, 2560))
     (error,) = validate(written, 2, []).errors
     assert str(written.path) in error
+
+
+def hide(path: Path) -> None:
+    """Have a file that cannot be read in its place; as with EIO, nobody knows what is behind it."""
+    path.rename(path.with_name("aside"))
+    path.symlink_to(path)
+
+
+def test_what_cannot_be_read_is_not_judged(tmp_path: Path, matrix: Matrix, merged: Written) -> None:
+    exports = write_export(tmp_path / "x.pt", matrix)
+    hide(exports[0].path)
+    with pytest.raises(ArtifactError, match=r"cannot be read.*x\.pt"):
+        validate_export(exports, matrix)
+    hide(merged.path)
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        validate_merged(merged, matrix)
+    hide(matrix.path)
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        validate_result(matrix.path, sha256="", ids=[], failed=[])
 
 
 @pytest.fixture

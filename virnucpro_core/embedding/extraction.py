@@ -28,7 +28,7 @@ from virnucpro_core.embedding.packing import (
     build_pack,
     plan_batches,
 )
-from virnucpro_core.errors import ExecutionError
+from virnucpro_core.errors import ExecutionError, SettingsError
 from virnucpro_core.failures import Failure, FailureReason
 from virnucpro_core.features.manifests import Counts
 from virnucpro_core.recipe import EMBEDDING_WIDTH, TRUNCATION, ResiduePolicy
@@ -117,8 +117,12 @@ def extract(
     Raises:
         InputError: the file cannot be used as a whole; a bad record is a failure instead.
         WeightsError, ExecutionError: as `load_fast_esm` does; others took the GPU's memory since.
+        SettingsError: the truncation leaves no residue.
+        WeightsError, ExecutionError: as `load_fast_esm` does.
     """
     started = time.perf_counter()
+    if truncation < 1:
+        raise SettingsError(f"records cannot be cut to {truncation} residues", todo="Keep at least one.")
     loaded = load_fast_esm(model)
 
     def embed_range(location: str, compression: Compression, chunk: ChunkRange) -> Extraction:

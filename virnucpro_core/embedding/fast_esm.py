@@ -52,7 +52,8 @@ def extract_fast_esm(
     what it is (input's sha256, recipe, counts, checksum). Records without an embedding are listed in
     `<out_file>.failures.jsonl`, and a `UserWarning` counts them. A kept result is returned only if input,
     recipe and checksums are still the same, and is computed again otherwise. A `model` without weights to
-    compare (None, or nothing that `load_fast_esm` takes) is content with a kept result of any weights.
+    compare (None, a module without a configuration, or nothing that `load_fast_esm` takes) is content with a
+    kept result of any weights.
 
     Args:
         fasta_file: plain, gzip, bgzip or zstd FASTA.
@@ -68,6 +69,7 @@ def extract_fast_esm(
 
     Raises:
         InputError: the file cannot be used as a whole.
+        SettingsError: the truncation leaves no residue.
         WeightsError: no model is named, or it is not FastESM2.
         MismatchError: the tokenizer disagrees with ours.
         ArtifactError: the result cannot be written.
@@ -184,7 +186,7 @@ def _find_recipe(model: Any, truncation: int) -> Recipe | None:
     if isinstance(model, FastEsm):
         return model.recipe(truncation=truncation)
     _, dtype = choose_device(None, None)
-    if isinstance(model, nn.Module):
+    if isinstance(model, nn.Module) and hasattr(model, "config"):
         return make_recipe(adopt_weights(model), dtype, truncation)
     if isinstance(model, str | os.PathLike):
         return make_recipe(find_checkpoint(model), dtype, truncation)

@@ -127,10 +127,8 @@ def open_artifact(path: Path) -> BufferedReader:
     Raises:
         ArtifactError: it is missing or unreadable; `where` is its path.
     """
-    try:
+    with reading(path):
         return path.open("rb")
-    except OSError as error:
-        raise _unreadable(error, path) from error
 
 
 def read_blocks(
@@ -146,10 +144,8 @@ def read_blocks(
     buffer = memoryview(bytearray(min(size, block)))
     while size:
         part = buffer[:size]
-        try:
+        with reading(path):
             count = file.readinto(part)
-        except OSError as error:
-            raise _unreadable(error, path) from error
         if count != len(part):
             todo = "Remove it and run its stage again."
             raise ArtifactError("a file is cut short", where=str(path), todo=todo)
@@ -165,7 +161,9 @@ def hash_file(path: Path) -> str:
     """
     digest = hashlib.sha256()
     with open_artifact(path) as file:
-        for block in read_blocks(file, os.fstat(file.fileno()).st_size, path):
+        with reading(path):
+            size = os.fstat(file.fileno()).st_size
+        for block in read_blocks(file, size, path):
             digest.update(block)
     return digest.hexdigest()
 
@@ -226,6 +224,28 @@ def write_error(error: OSError, path: Path) -> ArtifactError:
     """The error to raise when the file system refuses to write `path`."""
     advice = _ADVICE.get(error.errno or 0, "Look at the folder and its file system, then run it again.")
     return ArtifactError(f"a file cannot be written: {error.strerror}", where=str(path), todo=advice)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what the file system says against reading `path` into our error.
+
+    Raises:
+        ArtifactError: it is missing or unreadable; `where` is its path.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _unreadable(error, path) from error
+
+
+def is_unreadable(error: ArtifactError | OSError) -> bool:
+    """Whether a file cannot be read (no right, an ailing file system): it may be intact, and nobody knows.
+
+    One that is missing, cut short or altered has to be made again.
+    """
+    cause = error.__cause__ if isinstance(error, ArtifactError) else error
+    return isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
 
 
 def _unreadable(error: OSError, path: Path) -> ArtifactError:

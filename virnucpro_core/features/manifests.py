@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from virnucpro_core.errors import ArtifactError
 from virnucpro_core.failures import FailureReason
-from virnucpro_core.features.files import Written, hash_file, new_file, open_artifact
+from virnucpro_core.features.files import Written, hash_file, new_file, open_artifact, reading
 from virnucpro_core.recipe import Dtype, Recipe, ResiduePolicy
 
 _FORMAT = 1
@@ -51,7 +51,7 @@ class Counts:
         records: in the input; always embeddings + failures.
         embeddings: rows of the result.
         failures: records without an embedding, by reason; no reason that did not occur.
-        residues: read, before truncation.
+        residues: of all records, before truncation.
         tokens: computed, BOS and EOS included.
         truncated: records that were cut.
         unknown: residues that became <unk>.
@@ -119,7 +119,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         ArtifactError: it is missing, or not a manifest that `write_manifest` writes.
     """
-    with open_artifact(path) as file:
+    with open_artifact(path) as file, reading(path):
         text = file.read(_MAX_BYTES + 1)
     if len(text) > _MAX_BYTES:
         raise _odd(path, "it is too large")

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from virnucpro_core.errors import ArtifactError, MismatchError
-from virnucpro_core.features.files import Written, new_file, open_artifact, read_blocks
+from virnucpro_core.features.files import Written, new_file, open_artifact, read_blocks, reading
 from virnucpro_core.recipe import EMBEDDING_WIDTH
 
 Section = Literal["ids", "id_offsets", "records", "embeddings"]
@@ -190,7 +190,8 @@ def open_matrix(path: Path, *, width: int = EMBEDDING_WIDTH) -> Matrix:
         layout = read_layout(file, path)
     if layout.width != width:
         raise _altered(path, f"its rows hold {layout.width} numbers, not {width}")
-    return Matrix(path, layout)
+    with reading(path):
+        return Matrix(path, layout)
 
 
 def read_layout(file: BufferedReader, path: Path) -> Layout:
@@ -199,8 +200,9 @@ def read_layout(file: BufferedReader, path: Path) -> Layout:
     Raises:
         ArtifactError: the header is not as `write_matrix` writes it, or the file's size not what it says.
     """
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
+    with reading(path):
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= min(size - 8, _MAX_HEADER):
         raise _altered(path, "it does not start with a header")
     text = b"".join(map(bytes, read_blocks(file, length, path)))

@@ -89,19 +89,24 @@ def publish_result(
     for old in _exports_of(target):
         if old not in names:
             log.info("replaced_export_removed", path=str(old))
-            _remove(old)
+            remove_replaced(old)
     return names
+
+
+def remove_replaced(path: Path) -> None:
+    """Removes a published file that the newer result does not have, if it is there.
+
+    Raises:
+        ArtifactError: it cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        what = f"a file of the result before cannot be removed: {error.strerror}"
+        raise ArtifactError(what, where=str(path), todo="Remove it.") from error
 
 
 def _exports_of(target: Path) -> list[Path]:
     """All files in the folder that are exports of this name, in one file or in any number of shards."""
     shards = rf"{re.escape(target.stem)}(\.\d{{5,}}-of-\d{{5,}})?{re.escape(target.suffix)}"
     return [path for path in target.parent.iterdir() if re.fullmatch(shards, path.name)]
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        what = f"a file of the result before cannot be removed: {error.strerror}"
-        raise ArtifactError(what, where=str(path), todo="Remove it.") from error

@@ -12,7 +12,7 @@ import numpy as np
 
 from virnucpro_core.errors import ArtifactError
 from virnucpro_core.features.exports import load_pt, read_pt, read_strings
-from virnucpro_core.features.files import Written, hash_file, open_artifact, read_blocks
+from virnucpro_core.features.files import Written, hash_file, is_unreadable, open_artifact, read_blocks
 from virnucpro_core.features.matrices import Matrix, open_matrix, read_layout
 from virnucpro_core.features.merging import MERGED_WIDTH, NUCLEOTIDE_WIDTH
 from virnucpro_core.recipe import EMBEDDING_WIDTH
@@ -119,7 +119,10 @@ def validate_result(path: Path, *, sha256: str, ids: Iterable[str], failed: Iter
         failed: the numbers of the records that are failures, rising.
 
     Returns:
-        The verdict. A file that cannot be read at all is an error in it, too.
+        The verdict. A file that is missing, cut short or none of ours is an error in it, too.
+
+    Raises:
+        ArtifactError: the file cannot be read, which says nothing of what it holds.
     """
     verdict = Verdict()
     try:
@@ -128,7 +131,7 @@ def validate_result(path: Path, *, sha256: str, ids: Iterable[str], failed: Iter
         verdict.errors += _check_bytes(matrix, sha256)
         _check_records(matrix, ids, failed, verdict)
     except ArtifactError as error:
-        verdict.errors.append(str(error))
+        verdict.errors.append(_tell(error))
     return verdict
 
 
@@ -141,6 +144,9 @@ def validate_export(exports: Sequence[Written], matrix: Matrix) -> list[str]:
 
     Returns:
         What is wrong, one line each, empty if nothing is.
+
+    Raises:
+        ArtifactError: a file cannot be read, which says nothing of what it holds.
     """
     errors = []
     stop = 0
@@ -149,7 +155,7 @@ def validate_export(exports: Sequence[Written], matrix: Matrix) -> list[str]:
         try:
             errors += _compare_export(export, matrix, start, stop)
         except ArtifactError as error:
-            errors.append(str(error))
+            errors.append(_tell(error))
     if stop != len(matrix):
         errors.append(f"{stop} rows were exported, of {len(matrix)}")
     return errors
@@ -160,15 +166,18 @@ def validate_merged(merged: Written, matrix: Matrix) -> list[str]:
 
     Returns:
         What is wrong, one line each, empty if nothing is: checksum, ids, shape, NaN, Inf, protein embeddings.
+
+    Raises:
+        ArtifactError: the file cannot be read, which says nothing of what it holds.
     """
     import torch
 
     try:
+        sha256 = hash_file(merged.path)  # first, as in `_compare_export`
         content = load_pt(merged.path, {"ids", "data"}, optional={"labels"})
         ids, data = read_strings(content["ids"], merged.path), content["data"]
-        sha256 = hash_file(merged.path)
     except ArtifactError as error:
-        return [str(error)]
+        return [_tell(error)]
     errors = []
     shape = len(ids), MERGED_WIDTH
     if sha256 != merged.sha256:
@@ -182,6 +191,13 @@ def validate_merged(merged: Written, matrix: Matrix) -> list[str]:
     elif not _equal(data[:, NUCLEOTIDE_WIDTH:], matrix, 0):
         errors.append(f"{merged.path}: its protein embeddings are not those of the matrix")
     return errors
+
+
+def _tell(error: ArtifactError) -> str:
+    """An error of a file's content as a line of the verdict; raised on if its content is not known."""
+    if is_unreadable(error):
+        raise error
+    return str(error)
 
 
 def _check_bytes(matrix: Matrix, sha256: str) -> list[str]:
@@ -243,10 +259,11 @@ def _rows(matrix: Matrix) -> Iterator[tuple[int, str]]:
 
 
 def _compare_export(export: Written, matrix: Matrix, start: int, stop: int) -> list[str]:
-    ids, rows = read_pt(export.path)
+    # Hashed first: a decoder may take a file that cannot be read for one that is damaged.
     sha256 = hash_file(export.path)
     if sha256 != export.sha256:
         return [f"{export.path}: sha256 {sha256} instead of {export.sha256}"]
+    ids, rows = read_pt(export.path)
     if ids != matrix.ids(start, stop):
         return [f"{export.path}: its ids are not rows {start + 1} to {stop} of the matrix"]
     if not _equal(rows, matrix, start):

@@ -179,7 +179,7 @@ def enter_input(tx: Connection, scanned: ScannedInput) -> None:
 
 
 def enter_submission(tx: Connection, job_id: int, submission: Submission) -> bool:
-    """Returns whether the submission asks for something that has not been asked for before."""
+    """Returns whether the submission asks for something that it has not been given or promised yet."""
     row = {
         "job": job_id,
         "path": submission.path,
@@ -192,12 +192,14 @@ def enter_submission(tx: Connection, job_id: int, submission: Submission) -> boo
     }
     known = tx.execute(
         text("""
-            SELECT nucleotide_sha256 FROM submissions
+            SELECT nucleotide_sha256, error FROM submissions
              WHERE job_id = :job AND path = :path AND label = :label AND nucleotide_path = :nucleotide_path
         """),
         row,
     ).one_or_none()
-    if known is not None and known.nucleotide_sha256 == submission.nucleotide_sha256:
+    # Nucleotides that were rejected may have been away, or not readable, when they were to be merged.
+    is_rejected = known is not None and submission.nucleotide_path and known.error is not None
+    if known is not None and known.nucleotide_sha256 == submission.nucleotide_sha256 and not is_rejected:
         tx.execute(
             text("""
                 UPDATE submissions SET requested_by = :requested_by, max_failed_share = :share, submitted_at = now()

@@ -114,7 +114,7 @@ class RecordBatch:
         offsets: int64[(m+1,)], good record i is `tokens[offsets[i]:offsets[i+1]]`.
         rows: int64[(m,)], index into `ids` of each good record.
         failures: the bad records, in input order.
-        residues: residues of the good records before truncation.
+        residues: residues of all records, good or bad, before truncation.
         truncated: good records that lost residues to truncation.
         unknown: residues in `tokens` that became `<unk>`.
     """
@@ -193,7 +193,7 @@ def parse_records(
             Failure(record=first_record + row, id=ids[row], reason=reason, detail=detail)
             for row, (reason, detail) in sorted(failures.items())
         ],
-        residues=int(lengths[rows].sum()),
+        residues=int(lengths.sum()),
         truncated=int(np.count_nonzero(lengths[rows] > truncation)),
         unknown=int(np.count_nonzero(tokens == UNK)),
     )
@@ -212,6 +212,12 @@ def _read_id(header: bytes) -> tuple[str, tuple[FailureReason, str] | None]:
     except UnicodeDecodeError as error:
         detail = f"the header is not UTF-8: byte 0x{error.object[error.start]:02x}"
         return _escape(word), (FailureReason.BAD_HEADER, detail)
+    if b"\r" in header.rstrip():
+        # Where some lines end in it alone, a header swallows its own sequence, and the records behind it.
+        return _escape(word), (
+            FailureReason.BAD_HEADER,
+            "a carriage return within the header: is it a line end?",
+        )
     if not record_id.isprintable():
         return _escape(word), (FailureReason.BAD_HEADER, f"the id is unprintable: {record_id!r}")
     return record_id, None
