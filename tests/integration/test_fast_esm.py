@@ -292,3 +292,13 @@ def test_a_disagreeing_tokenizer_is_refused(fasta: Path, demo_model: FastEsm, tm
         extract_fast_esm(fasta, model=demo_model, tokenizer=EsmTokenizer(str(path)))
     with pytest.raises(MismatchError, match="does not tell its vocabulary"):
         extract_fast_esm(fasta, model=demo_model, tokenizer=object())
+
+
+def test_a_result_never_replaces_its_own_input(fasta: Path, demo_model: FastEsm, tmp_path: Path) -> None:
+    before = fasta.read_bytes()
+    link = tmp_path / "link.fasta"
+    link.symlink_to(fasta)
+    for out_file in (fasta, link):
+        with pytest.raises(SettingsError, match="would replace its own input"):
+            extract_fast_esm(fasta, out_file, demo_model)
+    assert fasta.read_bytes() == before

@@ -4,46 +4,30 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
-import structlog
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from virnucpro_core.embedding.execution import ExecutionClass
-from virnucpro_core.embedding.loading import ModelSource, build_model, load_fast_esm
-from virnucpro_core.embedding.memory import FREE_MEMORY, is_full
+from virnucpro_core.embedding.loading import ModelSource, load_fast_esm
 from virnucpro_core.embedding.model import FastEsm
-from virnucpro_core.embedding.packing import (
-    EXTRA_TOKENS,
-    LEAST_PACK_TOKENS,
-    PACK_TOKENS,
-    build_pack,
-    plan_batches,
-)
-from virnucpro_core.errors import ExecutionError, SettingsError
-from virnucpro_core.failures import Failure, FailureReason
+from virnucpro_core.embedding.packing import EXTRA_TOKENS, LEAST_PACK_TOKENS, PACK_TOKENS
+from virnucpro_core.embedding.passes import OnProgress, Passes
+from virnucpro_core.errors import SettingsError
+from virnucpro_core.failures import Failure
 from virnucpro_core.features.manifests import Counts
-from virnucpro_core.recipe import EMBEDDING_WIDTH, TRUNCATION, ResiduePolicy
+from virnucpro_core.recipe import TRUNCATION, ResiduePolicy
 from virnucpro_core.sequences.compression import Compression
 from virnucpro_core.sequences.fasta import RecordBatch, parse_records
 from virnucpro_core.sequences.scan import ChunkRange, read_range, scan_input
 from virnucpro_core.sizes import CHUNK_TOKENS
-
-log = structlog.get_logger()
-
-NOT_FINITE = "the embedding holds NaN or Inf, in float32 too"
-NO_ROOM_FOR_FLOAT32 = "the embedding holds NaN or Inf, and there is no memory to compute it in float32"
-
-OnProgress = Callable[[int], None]
-"""Called with the number of records that are done since the last call, embedded or failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,22 +158,24 @@ def embed(
     """
     started = time.perf_counter()
     pack_tokens = max(toks_per_batch or PACK_TOKENS, LEAST_PACK_TOKENS)
-    run = _Run(model, batch.tokens, batch.offsets, pack_tokens, on_progress or (lambda _: None))
-    run.on_progress(len(batch.failures))
-    run.embed_all()
-    run.repair()
+    passes = Passes(model, batch.tokens, batch.offsets, pack_tokens, on_progress or (lambda _: None))
+    passes.on_progress(len(batch.failures))
+    passes.embed_all()
+    passes.repair()
     failed = [
         Failure(record=batch.first_record + row, id=batch.ids[row], reason=reason, detail=detail)
-        for row, (reason, detail) in ((int(batch.rows[index]), fault) for index, fault in run.faults.items())
+        for row, (reason, detail) in (
+            (int(batch.rows[index]), fault) for index, fault in passes.faults.items()
+        )
     ]
     good = np.ones(len(batch.rows), dtype=np.bool_)
-    good[list(run.faults)] = False
+    good[list(passes.faults)] = False
     rows = batch.rows[good]
     failures = sorted([*batch.failures, *failed], key=lambda failure: failure.record)
     return Extraction(
         ids=[batch.ids[row] for row in rows.tolist()],
         records=batch.first_record + rows,
-        embeddings=run.embeddings if good.all() else run.embeddings[good],
+        embeddings=passes.embeddings if good.all() else passes.embeddings[good],
         failures=failures,
         counts=Counts(
             records=len(batch.ids),
@@ -200,142 +186,13 @@ def embed(
             truncated=batch.truncated,
             unknown=batch.unknown,
         ),
-        repaired=len(set(run.non_finite) - set(run.faults)),
-        positions=run.positions,
+        repaired=len(set(passes.non_finite) - set(passes.faults)),
+        positions=passes.positions,
         peak_bytes=torch.cuda.max_memory_reserved(model.device) if model.device.type == "cuda" else 0,
         execution=model.execution(pack_tokens),
         input_sha256="",
         seconds=time.perf_counter() - started,
     )
-
-
-@dataclass(slots=True)
-class _Transfer:
-    """Rows on their way from the device: valid once `done` has happened."""
-
-    members: NDArray[np.int64]
-    rows: Tensor
-    done: torch.cuda.Event | None
-
-
-@dataclass(slots=True)
-class _Run:
-    """The sequences of one `embed` call: `embeddings` fills up, `faults` tells which rows stay without."""
-
-    model: FastEsm
-    tokens: NDArray[np.uint8]
-    offsets: NDArray[np.int64]
-    pack_tokens: int
-    on_progress: OnProgress
-    embeddings: NDArray[np.float32] = field(init=False)
-    faults: dict[int, tuple[FailureReason, str]] = field(default_factory=dict)
-    non_finite: list[int] = field(default_factory=list)
-    positions: int = 0
-
-    def __post_init__(self) -> None:
-        self.embeddings = np.empty((len(self.offsets) - 1, EMBEDDING_WIDTH), dtype=np.float32)
-
-    def embed_all(self) -> None:
-        """Embeds every sequence; one pack is computed while the rows of the one before are copied out."""
-        batches = deque(self._plan(np.arange(len(self.embeddings))))
-        ahead: _Transfer | None = None
-        while batches:
-            members = batches.popleft()
-            transfer = self._start(members)
-            if ahead is not None:
-                self._finish(ahead)
-            ahead = transfer
-            if transfer is None and self._shrink(members):
-                batches = deque(self._plan(np.concatenate((members, *batches))))
-        if ahead is not None:
-            self._finish(ahead)
-
-    def repair(self) -> None:
-        """Computes the rows that are not finite again, each alone and in float32."""
-        if not self.non_finite:
-            return
-        log.warning("rows_not_finite", rows=len(self.non_finite), dtype=self.model.dtype)
-        if self.model.dtype == "float32":
-            self.faults |= dict.fromkeys(self.non_finite, (FailureReason.NON_FINITE, NOT_FINITE))
-            return
-        try:
-            wide = build_model(self.model.weights, self.model.device, "float32")
-            for index in self.non_finite:
-                self._recompute(index, wide)
-        except RuntimeError as error:
-            if not is_full(error):
-                raise
-            rest = [index for index in self.non_finite if not np.isfinite(self.embeddings[index]).all()]
-            for index in rest:
-                self.faults.setdefault(index, (FailureReason.NON_FINITE, NO_ROOM_FOR_FLOAT32))
-
-    def _recompute(self, index: int, wide: FastEsm) -> None:
-        pack = build_pack(self.tokens, self.offsets, np.array([index]))
-        self.positions += len(pack.tokens)
-        self.embeddings[index] = wide.embed_pack(pack)[0].cpu().numpy()
-        if not np.isfinite(self.embeddings[index]).all():
-            self.faults[index] = (FailureReason.NON_FINITE, NOT_FINITE)
-
-    def _size(self) -> int:
-        """Rows of a full pack, as far as memory allows."""
-        return min(self.pack_tokens, self.model.fitting_tokens or self.pack_tokens)
-
-    def _plan(self, members: NDArray[np.int64]) -> Sequence[NDArray[np.int64]]:
-        if not self.model.plan.packed:
-            return [members[place : place + 1] for place in range(len(members))]
-        lengths = np.diff(self.offsets)[members]
-        return [members[batch] for batch in plan_batches(lengths, self._size())]
-
-    def _start(self, members: NDArray[np.int64]) -> _Transfer | None:
-        """Starts one pack, or returns None where memory does not suffice."""
-        rows = self._size() if self.model.plan.packed else None
-        pack = build_pack(self.tokens, self.offsets, members, rows)
-        self.positions += len(pack.tokens)
-        try:
-            pooled = self.model.embed_pack(pack)
-            if self.model.device.type != "cuda":
-                return _Transfer(members, pooled, None)
-            host = torch.empty(pooled.shape, dtype=pooled.dtype, pin_memory=True)
-            host.copy_(pooled, non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(torch.cuda.current_stream(self.model.device))
-            return _Transfer(members, host, done)
-        except RuntimeError as error:
-            if not is_full(error):
-                raise
-            return None
-
-    def _finish(self, transfer: _Transfer) -> None:
-        if transfer.done is not None:
-            transfer.done.synchronize()
-        rows = transfer.rows.numpy()
-        self.embeddings[transfer.members] = rows
-        self.non_finite += transfer.members[~np.isfinite(rows).all(axis=1)].tolist()
-        self.on_progress(len(transfer.members))
-
-    def _shrink(self, members: NDArray[np.int64]) -> bool:
-        """Makes room after `members` did not fit: smaller packs (True), or without them (False).
-
-        Raises:
-            ExecutionError: there is no room for what had room when the model was loaded.
-        """
-        torch.cuda.empty_cache()
-        tokens = np.diff(self.offsets)[members] + EXTRA_TOKENS
-        size = self._size()
-        if self.model.plan.packed and size > max(LEAST_PACK_TOKENS, tokens.max()):
-            self.model.fitting_tokens = max(size // 2, LEAST_PACK_TOKENS)
-            log.warning("gpu_memory_full", pack_tokens=size, now=self.model.fitting_tokens)
-            return True
-        if tokens.max() <= LEAST_PACK_TOKENS:
-            raise ExecutionError(
-                "another program has taken the memory that the model had",
-                where=str(self.model.device),
-                todo=FREE_MEMORY,
-            )
-        for index, count in zip(members.tolist(), tokens.tolist(), strict=True):
-            self.faults[index] = (FailureReason.OOM, f"the GPU has no memory for its {count} tokens")
-        self.on_progress(len(members))
-        return False
 
 
 def _join(parts: Sequence[Extraction], input_sha256: str, started: float) -> Extraction:
