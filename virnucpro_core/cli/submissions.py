@@ -101,7 +101,9 @@ def submit(
             ]
         )
     elif wait:
-        for report in reports.values():
+        for place, report in enumerate(reports.values()):
+            if place:
+                print()
             print_report(report)
     else:
         for file, report in reports.items():
@@ -183,11 +185,12 @@ def check_outcome(report: JobReport, file: Path, max_failed_share: float) -> boo
     if report.state != "succeeded":
         reason = f": {report.error}" if report.error else ""
         todo = f"`virnucpro retry {report.job}` goes on with what is missing."
-        print_error(JobError(f"job {report.job} {report.state}{reason}", todo=todo))
+        print_error(JobError(f"job {report.job} {report.state}{reason}", where=str(file), todo=todo))
     elif share > max_failed_share:
         print_error(
             JobError(
                 f"{share:.2%} of job {report.job}'s records failed, more than {max_failed_share:.2%}",
+                where=str(file),
                 todo=f"`virnucpro failures {report.job}` lists them.",
             )
         )
