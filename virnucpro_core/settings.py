@@ -25,9 +25,18 @@ DatabaseRole = Literal["owner", "dag", "worker"]
 
 
 def default_input_roots() -> tuple[Path, ...]:
-    """The current folder and the home folder, of which neither counts where it is the root of all folders."""
+    """The current folder and the home folder, of which neither counts where it is the root of all folders.
+
+    Raises:
+        SettingsError: the current folder was removed, or may not be entered.
+    """
     home = os.path.expanduser("~")  # noqa: PTH111 - a container's user may have none: that raises nothing here
-    folders = (Path.cwd(), Path(home))
+    try:
+        folders = (Path.cwd(), Path(home))
+    except OSError as error:
+        raise SettingsError(
+            f"there is no current folder: {error.strerror}", where="the shell", todo="Change to another one."
+        ) from error
     return tuple(folder for folder in folders if folder.is_absolute() and folder != Path(folder.anchor))
 
 
@@ -181,7 +190,7 @@ class Settings(BaseSettings):
             raise SettingsError(
                 "no database is named",
                 where=f"{PREFIX}DATABASE_URL",
-                todo="Set it to a PostgreSQL URL, or start the embedded stack with `make up`.",
+                todo="Run this where a stack is up (`make up` starts one), or set it to a PostgreSQL URL.",
             )
         scheme, separator, rest = secret.get_secret_value().partition("://")
         if not separator or scheme.split("+")[0] not in ("postgresql", "postgres"):
@@ -204,7 +213,7 @@ class Settings(BaseSettings):
             raise SettingsError(
                 "no broker is named",
                 where=f"{PREFIX}BROKER_URL",
-                todo="Set it to a redis:// URL, or start the embedded stack with `make up`.",
+                todo="Run this where a stack is up (`make up` starts one), or set it to a redis:// URL.",
             )
         return self.broker_url.get_secret_value()
 

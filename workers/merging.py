@@ -11,7 +11,7 @@ from typing import Literal, cast
 import structlog
 from sqlalchemy import Engine
 
-from virnucpro_core.errors import ArtifactError, InputChangedError, InputError, MismatchError
+from virnucpro_core.errors import ArtifactError, InputChangedError, InputError, MismatchError, VirnucproError
 from virnucpro_core.features.exports import write_export
 from virnucpro_core.features.matrices import Matrix, open_matrix
 from virnucpro_core.features.merging import Nucleotides, merge_chunks, merge_features, read_nucleotides
@@ -108,8 +108,9 @@ def read_submitted(submission: SubmissionRow, settings: Settings) -> Nucleotides
                 file.seek(0)
                 return read_nucleotides(path, file)
     except (ArtifactError, InputError, OSError) as error:
+        why = error.what if isinstance(error, VirnucproError) else error.strerror
         raise InputChangedError(
-            f"the nucleotide embeddings cannot be used: {error}",
+            f"the nucleotide embeddings cannot be used: {why}",
             where=str(path),
             todo="Submit a sound file.",
         ) from error

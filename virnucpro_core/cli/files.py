@@ -134,10 +134,13 @@ def check_writable(out: Path) -> None:
     """Refuse an output that cannot be written now, rather than after hours of work.
 
     Raises:
-        ArtifactError: it is a folder, or its folder cannot be written.
+        ArtifactError: it is a folder or a device, or its folder cannot be written.
     """
     if out.is_dir():
         raise ArtifactError("the output is a folder", where=str(out), todo="Name a file in it.")
+    if out.exists() and not out.is_file():
+        # The file would take the name of /dev/null from it.
+        raise ArtifactError("the output is no regular file", where=str(out), todo="Name another one.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):
