@@ -44,7 +44,7 @@ def merge(ledger: Engine, work: Work, settings: Settings) -> Outcome:
     artifacts = [keep_matrix(made, settings) or merge_rows(ledger, work, settings)]
     matrix = open_matrix(folder / RESULT_NAME)
     artifacts += keep_exports(made, matrix, settings) or export_rows(matrix, settings)
-    rejected: dict[int, str] = {}
+    unmerged: dict[int, str] = {}
     for submission in in_transaction(ledger, submissions_of, work.job_id):
         if not submission.nucleotide_path:
             continue
@@ -59,11 +59,11 @@ def merge(ledger: Engine, work: Work, settings: Settings) -> Outcome:
             )
         except (InputChangedError, MismatchError) as error:
             # one submission's mistake; the others, and the proteins alone, are fine
-            log.error("nucleotides_rejected", submission=submission.id, reason=str(error))  # noqa: TRY400
-            rejected[submission.id] = str(error)
+            log.error("nucleotides_not_merged", submission=submission.id, reason=str(error))  # noqa: TRY400
+            unmerged[submission.id] = str(error)
         else:
             artifacts.append(describe_file(merged, MERGED, settings))
-    return Outcome(Result(artifacts=artifacts, seconds=time.perf_counter() - started, rejected=rejected))
+    return Outcome(Result(artifacts=artifacts, seconds=time.perf_counter() - started, unmerged=unmerged))
 
 
 def keep_matrix(made: Sequence[ArtifactRow], settings: Settings) -> NewArtifact | None:

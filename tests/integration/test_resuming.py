@@ -179,7 +179,7 @@ def test_nucleotides_for_a_job_that_ended_at_validate_are_merged(tx: Connection,
     assert queries.get_job(tx, job_id).stage == "merge"
 
 
-def test_rejected_nucleotides_are_noted_with_their_submission_alone(tx: Connection) -> None:
+def test_nucleotides_that_do_not_match_are_noted_with_their_submission_alone(tx: Connection) -> None:
     job_id = jobs.register(tx, jobs.scan(chunks=1)).job_id
     bad = replace(jobs.SUBMISSION, nucleotide_path="/in/bad.pt", nucleotide_sha256="c" * 64)
     jobs.register(tx, jobs.scan(chunks=1), bad)
@@ -187,8 +187,8 @@ def test_rejected_nucleotides_are_noted_with_their_submission_alone(tx: Connecti
     extract = jobs.claim(tx, jobs.pending_chunks(tx, job_id)[0], worker)
     transitions.complete(tx, extract, jobs.result_of(extract))
     merge = jobs.claim(tx, jobs.pending_chunks(tx, job_id)[0], worker)
-    rejected = queries.submissions_of(tx, job_id)[1].id
-    transitions.complete(tx, merge, replace(jobs.result_of(merge), rejected={rejected: "ids do not match"}))
+    unmerged = queries.submissions_of(tx, job_id)[1].id
+    transitions.complete(tx, merge, replace(jobs.result_of(merge), unmerged={unmerged: "ids do not match"}))
     assert [row.error for row in queries.submissions_of(tx, job_id)] == [None, "ids do not match"]
     jobs.run_job(tx, job_id, worker)
     assert jobs.state_of(tx, job_id) == "succeeded"

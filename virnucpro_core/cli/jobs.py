@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
     from virnucpro_core.failures import Failure
-    from virnucpro_core.reports import JobReport
+    from virnucpro_core.status import JobStatus
     from virnucpro_core.verification import Verification
 
 PANEL = "Jobs"
@@ -82,12 +82,12 @@ def status(
         return
     from virnucpro_core.ledger.database import in_transaction
     from virnucpro_core.ledger.queries import list_jobs, live_workers
-    from virnucpro_core.reports import report_job
+    from virnucpro_core.status import read_status
 
     with connect() as ledger:
         if job is not None:
-            told = in_transaction(ledger, report_job, job)
-            print_json(asdict(told)) if as_json else print_report(told)
+            told = in_transaction(ledger, read_status, job)
+            print_json(asdict(told)) if as_json else print_status(told)
             return
         jobs, workers = in_transaction(ledger, lambda tx: (list_jobs(tx), live_workers(tx)))
     rows = [{column: getattr(row, column) for column in JOB_COLUMNS} for row in jobs]
@@ -227,7 +227,7 @@ def verify_with_bar(ledger: Engine, job: int) -> Verification:
         return verify_job(ledger, load_settings().output_root, job, on_progress=bar.set)
 
 
-def print_report(told: JobReport) -> None:
+def print_status(told: JobStatus) -> None:
     """Print all that is known of a job; paths as they are seen from here."""
     share = told.failed / told.records
     root = load_settings().output_root
