@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.rows import make_rows
 from virnucpro_core.features.exports import write_export, write_pt
 from virnucpro_core.features.files import Written, hash_file
 from virnucpro_core.features.matrices import Matrix, open_matrix, write_matrix
@@ -27,10 +28,6 @@ from virnucpro_core.features.validation import (
 pytestmark = pytest.mark.unit
 
 NAN, INF = float("nan"), float("inf")
-
-
-def make_rows(rows: int, width: int = 1280) -> np.ndarray:
-    return np.random.default_rng(rows).standard_normal((rows, width), dtype=np.float32)
 
 
 def row_with(value: float, width: int = 1280) -> torch.Tensor:
