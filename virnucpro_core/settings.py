@@ -10,6 +10,7 @@ import os
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -38,6 +39,16 @@ def default_input_roots() -> tuple[Path, ...]:
             f"there is no current folder: {error.strerror}", where="the shell", todo="Change to another one."
         ) from error
     return tuple(folder for folder in folders if folder.is_absolute() and folder != Path(folder.anchor))
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is a URL, with a port that is a number if it names one."""
+    try:
+        parts = urlsplit(text)
+        _ = parts.port
+    except ValueError:
+        return False
+    return bool(parts.scheme) and "://" in text
 
 
 class SecretFileSource(PydanticBaseSettingsSource):
@@ -207,7 +218,7 @@ class Settings(BaseSettings):
         """The broker's URL.
 
         Raises:
-            SettingsError: if `VIRNUCPRO_BROKER_URL` is not set.
+            SettingsError: if `VIRNUCPRO_BROKER_URL` is not set, or cannot be read.
         """
         if self.broker_url is None:
             raise SettingsError(
@@ -215,7 +226,14 @@ class Settings(BaseSettings):
                 where=f"{PREFIX}BROKER_URL",
                 todo="Run this where a stack is up (`make up` starts one), or set it to a redis:// URL.",
             )
-        return self.broker_url.get_secret_value()
+        url = self.broker_url.get_secret_value()
+        if not is_url(url):
+            raise SettingsError(
+                "the broker's URL cannot be read",  # nor is it shown: all of it may be the password
+                where=f"{PREFIX}BROKER_URL",
+                todo="Give redis://:password@host:port/number, the password percent-encoded.",
+            )
+        return url
 
     def require_model(self, name: str | None = None) -> str:
         """The model asked for, or the configured one; never a silent default.

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import pytest
+from pydantic import SecretStr
 
 from virnucpro_core.cli.output import print_error, print_table
-from virnucpro_core.errors import ServiceError
+from virnucpro_core.errors import ServiceError, SettingsError
 from virnucpro_core.ledger.submissions import find_nucleotides
+from virnucpro_core.settings import Settings
 
 if TYPE_CHECKING:
     from tests.fixtures_command import Completed
@@ -79,6 +81,13 @@ def test_url_that_cannot_be_read_is_refused_and_not_shown(
     ended = virnucpro("status")
     assert (ended.code, "URL cannot be read" in ended.err) == (2, True)
     assert "hidden" not in ended.err
+
+
+@pytest.mark.parametrize("url", ["hidden", "redis://:hidden@host:port/0", "redis://:hid/den@host/0"])
+def test_broker_url_that_cannot_be_read_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(SettingsError, match="broker's URL cannot be read") as refused:
+        Settings(broker_url=SecretStr(url)).require_broker_url()
+    assert "hid" not in str(refused.value)
 
 
 def test_output_that_is_no_regular_file_is_left_alone(virnucpro: Command, tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def cancel(tx: Connection, job_id: int, *, by: str) -> None:
     """
     job = lock_job(tx, job_id)
     if job.state != "running":
-        raise JobError(f"job {job_id} is {job.state}", todo="Only a running job can be cancelled.")
+        raise JobError(f"job {job_id} is over: {job.state}", todo="Only a running job can be cancelled.")
     tx.execute(
         text("UPDATE jobs SET state = 'cancelled', finished_at = now() WHERE id = :job"), {"job": job_id}
     )
