@@ -120,13 +120,13 @@ def validate(
     The manifest is FILE.json, or `<stem>.manifest.json` for `<stem>_ESM.pt` and its shards; without one, the
     content alone is checked, and the output says so. Exit 0 if every file is valid, 6 if not.
     """
-    verdicts = [check_file(file) for file in files]
+    checked = [check_file(file) for file in files]
     if as_json:
-        print_json(verdicts)
+        print_json(checked)
     else:
-        for verdict in verdicts:
-            print_line(f"[{'PASS' if verdict['passed'] else 'FAIL'}] {verdict['path']}: {summarise(verdict)}")
-    if not all(verdict["passed"] for verdict in verdicts):
+        for found in checked:
+            print_line(f"[{'PASS' if found['passed'] else 'FAIL'}] {found['path']}: {summarise(found)}")
+    if not all(found["passed"] for found in checked):
         raise typer.Exit(ArtifactError.exit_code)
 
 
@@ -194,16 +194,16 @@ def find_manifest(path: Path) -> tuple[Path, Manifest] | None:
     return None
 
 
-def summarise(verdict: dict[str, object]) -> str:
+def summarise(found: dict[str, object]) -> str:
     """One line about a file: its errors, or what was checked."""
-    errors = cast("list[str]", verdict["errors"])
+    errors = cast("list[str]", found["errors"])
     if errors:
         more = f"; and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
         return "; ".join(errors[:NAMED]) + more
     checksum = (
-        "checksum as in its manifest" if verdict["manifest"] else "no manifest to compare a checksum with"
+        "checksum as in its manifest" if found["manifest"] else "no manifest to compare a checksum with"
     )
-    return f"{verdict['rows']:,} rows, {checksum}"
+    return f"{found['rows']:,} rows, {checksum}"
 
 
 def describe_result(manifest: Manifest, out: Path) -> dict[str, object]:
