@@ -44,6 +44,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		{ echo 'Python 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12 $(MAKECMDGOALS)' >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
 		{ echo 'The venv module is needed (Debian, Ubuntu: apt install python3-venv)' >&2; exit 1; }
+	@echo 'Installing into .venv takes some minutes.'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[dev]'
 	@touch $@

@@ -23,7 +23,7 @@ from dags.connections import open_dag_ledger
 from dags.inbox import find_inputs, make_batches, name_batch
 from dags.links import DAG_ID
 from dags.notices import make_deadline, tell_failed
-from dags.reporting import FileReport, explain_file, log_report, report_file, sum_up
+from dags.outcomes import FileOutcome, explain_outcome, log_outcome, read_outcome, sum_up
 from dags.waiting import SubmittedFile, WaitForStage
 from virnucpro_core.errors import InputError, JobError, ServiceError
 from virnucpro_core.ledger.database import in_transaction
@@ -185,20 +185,22 @@ def report(
     files: list[SubmittedFile],
     params: dict[str, Any] | None = None,
     outlet_events: Any = None,
-) -> list[FileReport]:
-    """Report on the files, and tell those who follow the asset which features are new."""
+) -> list[FileOutcome]:
+    """Say what became of the files, and tell those who follow the asset which features are new."""
     assert params is not None
     with open_dag_ledger() as ledger:
-        reports = [in_transaction(ledger, report_file, file, allowed_share(params)) for file in files]
-    for one in reports:
-        log_report(one)
-    accepted = [one for one in reports if not one["fault"]]
+        outcomes = [in_transaction(ledger, read_outcome, file, allowed_share(params)) for file in files]
+    for one in outcomes:
+        log_outcome(one)
+    accepted = [one for one in outcomes if not one["fault"]]
     if not accepted:
         raise JobError(
-            reports[0]["fault"], where=reports[0]["path"], todo="`virnucpro failures JOB` lists the records."
+            outcomes[0]["fault"],
+            where=outcomes[0]["path"],
+            todo="`virnucpro failures JOB` lists the records.",
         )
     outlet_events[FEATURES].extra = {"files": accepted}
-    return reports
+    return outcomes
 
 
 @task(trigger_rule=TriggerRule.ALL_DONE)
@@ -210,16 +212,16 @@ def summary(batches: list[list[str]], params: dict[str, Any] | None = None, ti: 
         # By a list of tasks Airflow gives a list; of one mapped task alone it would give the bare value.
         return [file for batch in ti.xcom_pull(task_ids=[task_id], key=key) if batch for file in batch]
 
-    reports: list[FileReport] = pull("report")
-    reported = {report["path"] for report in reports}
+    outcomes: list[FileOutcome] = pull("report")
+    told = {outcome["path"] for outcome in outcomes}
     registered: list[SubmittedFile] = pull("register") + pull("register", REFUSED)
-    unreported = [file for file in registered if file["path"] not in reported]
-    if unreported:
+    untold = [file for file in registered if file["path"] not in told]
+    if untold:
         with open_dag_ledger() as ledger:
-            reports += [
-                in_transaction(ledger, explain_file, file, allowed_share(params)) for file in unreported
+            outcomes += [
+                in_transaction(ledger, explain_outcome, file, allowed_share(params)) for file in untold
             ]
-    sum_up([path for batch in batches for path in batch], reports)
+    sum_up([path for batch in batches for path in batch], outcomes)
 
 
 @task_group(prefix_group_id=False)

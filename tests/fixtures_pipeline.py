@@ -24,7 +24,7 @@ from sqlalchemy import Engine, Row, text
 from virnucpro_core.embedding.checkpoint import Checkpoint
 from virnucpro_core.embedding.demonstration import write_demo_weights
 from virnucpro_core.ledger.database import in_transaction, open_ledger
-from virnucpro_core.ledger.queries import get_job, live_workers
+from virnucpro_core.ledger.queries import get_job, live_workers, submissions_of
 from virnucpro_core.ledger.registration import add_model
 from virnucpro_core.ledger.submissions import Submitted, submit_file
 from virnucpro_core.settings import Settings, load_settings
@@ -131,6 +131,12 @@ class Pipeline:
 
     def job(self, job_id: int) -> Row[Any]:
         return in_transaction(self.ledger, get_job, job_id)
+
+    def published(self, job_id: int, submission: int = 0) -> Path:
+        """The folder that a job's result is published in for one of its submissions, the first one being 0."""
+        job = self.job(job_id)
+        submissions = in_transaction(self.ledger, submissions_of, job_id)
+        return self.settings.output_root / submissions[submission].folder(job.input_sha256, job.recipe_sha256)
 
     def rows(self, query: str, **parameters: object) -> list[Row[Any]]:
         """What a query of the ledger returns."""

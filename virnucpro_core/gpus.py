@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import pynvml
 import structlog
 
+from virnucpro_core.errors import ExecutionError, SettingsError
+
 log = structlog.get_logger()
 
 AGAIN_SECONDS = 300.0  # until a GPU that could not be asked is asked again
@@ -119,6 +121,42 @@ def _is_named(gpu: Gpu, entry: str) -> bool:
     if entry.isdecimal():
         return gpu.index == int(entry)
     return entry.startswith(("GPU-", "MIG-")) and (gpu.uuid.startswith(entry) or gpu.parent.startswith(entry))
+
+
+def choose_gpus(wanted: str, visible: Sequence[Gpu]) -> list[Gpu]:
+    """The GPUs that `--gpus` names.
+
+    Args:
+        wanted: `all`, `none`, or places in `visible` like `0,1`.
+        visible: what the mask leaves us.
+
+    Raises:
+        SettingsError: it names anything else.
+        ExecutionError: it names a GPU that is not there.
+    """
+    if wanted == "none":
+        return []
+    if wanted == "all":
+        if not visible:
+            raise ExecutionError(
+                "no GPU is visible",
+                where="--gpus all",
+                todo="Use --gpus none, or look at CUDA_VISIBLE_DEVICES.",
+            )
+        return list(visible)
+    places = [part.strip() for part in wanted.split(",")]
+    if not all(place.isdecimal() for place in places) or len(set(places)) != len(places):
+        raise SettingsError(
+            f"--gpus cannot be {wanted!r}", where="--gpus", todo="Give all, none, or numbers such as 0,1."
+        )
+    missing = [place for place in places if int(place) >= len(visible)]
+    if missing:
+        raise ExecutionError(
+            f"there is no GPU {', '.join(missing)}: {len(visible)} are visible",
+            where="--gpus",
+            todo="Name others, or look at CUDA_VISIBLE_DEVICES.",
+        )
+    return [visible[int(place)] for place in places]
 
 
 class GpuMeter:

@@ -24,7 +24,7 @@ IDS_AT_ONCE = 100_000
 MOST_DIGITS = 18  # of a record's number
 
 
-def find_records(
+def look_up_records(
     ledger: Engine, settings: Settings, job_id: int, wanted: str, *, as_id: bool = False
 ) -> list[int]:
     """The numbers of the records that a person means by a number or an id; several if the id is not unique.

@@ -10,6 +10,7 @@ import os
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -25,10 +26,29 @@ DatabaseRole = Literal["owner", "dag", "worker"]
 
 
 def default_input_roots() -> tuple[Path, ...]:
-    """The current folder and the home folder, of which neither counts where it is the root of all folders."""
+    """The current folder and the home folder, of which neither counts where it is the root of all folders.
+
+    Raises:
+        SettingsError: the current folder was removed, or may not be entered.
+    """
     home = os.path.expanduser("~")  # noqa: PTH111 - a container's user may have none: that raises nothing here
-    folders = (Path.cwd(), Path(home))
+    try:
+        folders = (Path.cwd(), Path(home))
+    except OSError as error:
+        raise SettingsError(
+            f"there is no current folder: {error.strerror}", where="the shell", todo="Change to another one."
+        ) from error
     return tuple(folder for folder in folders if folder.is_absolute() and folder != Path(folder.anchor))
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is a URL, with a port that is a number if it names one."""
+    try:
+        parts = urlsplit(text)
+        _ = parts.port
+    except ValueError:
+        return False
+    return bool(parts.scheme) and "://" in text
 
 
 class SecretFileSource(PydanticBaseSettingsSource):
@@ -181,7 +201,7 @@ class Settings(BaseSettings):
             raise SettingsError(
                 "no database is named",
                 where=f"{PREFIX}DATABASE_URL",
-                todo="Set it to a PostgreSQL URL, or start the embedded stack with `make up`.",
+                todo="Run this where a stack is up (`make up` starts one), or set it to a PostgreSQL URL.",
             )
         scheme, separator, rest = secret.get_secret_value().partition("://")
         if not separator or scheme.split("+")[0] not in ("postgresql", "postgres"):
@@ -198,15 +218,22 @@ class Settings(BaseSettings):
         """The broker's URL.
 
         Raises:
-            SettingsError: if `VIRNUCPRO_BROKER_URL` is not set.
+            SettingsError: if `VIRNUCPRO_BROKER_URL` is not set, or cannot be read.
         """
         if self.broker_url is None:
             raise SettingsError(
                 "no broker is named",
                 where=f"{PREFIX}BROKER_URL",
-                todo="Set it to a redis:// URL, or start the embedded stack with `make up`.",
+                todo="Run this where a stack is up (`make up` starts one), or set it to a redis:// URL.",
             )
-        return self.broker_url.get_secret_value()
+        url = self.broker_url.get_secret_value()
+        if not is_url(url):
+            raise SettingsError(
+                "the broker's URL cannot be read",  # nor is it shown: all of it may be the password
+                where=f"{PREFIX}BROKER_URL",
+                todo="Give redis://:password@host:port/number, the password percent-encoded.",
+            )
+        return url
 
     def require_model(self, name: str | None = None) -> str:
         """The model asked for, or the configured one; never a silent default.

@@ -11,7 +11,7 @@ from typing import Literal, cast
 import structlog
 from sqlalchemy import Engine
 
-from virnucpro_core.errors import ArtifactError, InputChangedError, InputError, MismatchError
+from virnucpro_core.errors import ArtifactError, InputChangedError, InputError, MismatchError, VirnucproError
 from virnucpro_core.features.exports import write_export
 from virnucpro_core.features.matrices import Matrix, open_matrix
 from virnucpro_core.features.merging import Nucleotides, merge_chunks, merge_features, read_nucleotides
@@ -44,7 +44,7 @@ def merge(ledger: Engine, work: Work, settings: Settings) -> Outcome:
     artifacts = [keep_matrix(made, settings) or merge_rows(ledger, work, settings)]
     matrix = open_matrix(folder / RESULT_NAME)
     artifacts += keep_exports(made, matrix, settings) or export_rows(matrix, settings)
-    rejected: dict[int, str] = {}
+    unmerged: dict[int, str] = {}
     for submission in in_transaction(ledger, submissions_of, work.job_id):
         if not submission.nucleotide_path:
             continue
@@ -59,11 +59,11 @@ def merge(ledger: Engine, work: Work, settings: Settings) -> Outcome:
             )
         except (InputChangedError, MismatchError) as error:
             # one submission's mistake; the others, and the proteins alone, are fine
-            log.error("nucleotides_rejected", submission=submission.id, reason=str(error))  # noqa: TRY400
-            rejected[submission.id] = str(error)
+            log.error("nucleotides_not_merged", submission=submission.id, reason=str(error))  # noqa: TRY400
+            unmerged[submission.id] = str(error)
         else:
             artifacts.append(describe_file(merged, MERGED, settings))
-    return Outcome(Result(artifacts=artifacts, seconds=time.perf_counter() - started, rejected=rejected))
+    return Outcome(Result(artifacts=artifacts, seconds=time.perf_counter() - started, unmerged=unmerged))
 
 
 def keep_matrix(made: Sequence[ArtifactRow], settings: Settings) -> NewArtifact | None:
@@ -108,8 +108,9 @@ def read_submitted(submission: SubmissionRow, settings: Settings) -> Nucleotides
                 file.seek(0)
                 return read_nucleotides(path, file)
     except (ArtifactError, InputError, OSError) as error:
+        why = error.what if isinstance(error, VirnucproError) else error.strerror
         raise InputChangedError(
-            f"the nucleotide embeddings cannot be used: {error}",
+            f"the nucleotide embeddings cannot be used: {why}",
             where=str(path),
             todo="Submit a sound file.",
         ) from error

@@ -1,55 +1,17 @@
-"""Pinning: which GPUs a launcher is to use, and a lock for each, held by one node."""
+"""Pinning: a lock for each GPU, held by one node."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virnucpro_core.errors import ExecutionError, SettingsError
-from virnucpro_core.gpus import Gpu
+from virnucpro_core.errors import ExecutionError
 
 LOCK_FOLDER = Path(tempfile.gettempdir()) / "virnucpro-locks"
 """One for the host, whoever runs the launcher: two users must not pin the same GPU."""
-
-
-def choose_gpus(wanted: str, visible: Sequence[Gpu]) -> list[Gpu]:
-    """The GPUs that `--gpus` names.
-
-    Args:
-        wanted: `all`, `none`, or places in `visible` like `0,1`.
-        visible: what the mask leaves us.
-
-    Raises:
-        SettingsError: it names anything else.
-        ExecutionError: it names a GPU that is not there.
-    """
-    if wanted == "none":
-        return []
-    if wanted == "all":
-        if not visible:
-            raise ExecutionError(
-                "no GPU is visible",
-                where="--gpus all",
-                todo="Use --gpus none, or look at CUDA_VISIBLE_DEVICES.",
-            )
-        return list(visible)
-    places = [part.strip() for part in wanted.split(",")]
-    if not all(place.isdecimal() for place in places) or len(set(places)) != len(places):
-        raise SettingsError(
-            f"--gpus cannot be {wanted!r}", where="--gpus", todo="Give all, none, or numbers such as 0,1."
-        )
-    missing = [place for place in places if int(place) >= len(visible)]
-    if missing:
-        raise ExecutionError(
-            f"there is no GPU {', '.join(missing)}: {len(visible)} are visible",
-            where="--gpus",
-            todo="Name others, or look at CUDA_VISIBLE_DEVICES.",
-        )
-    return [visible[int(place)] for place in places]
 
 
 @dataclass(frozen=True, slots=True)

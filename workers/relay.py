@@ -24,6 +24,7 @@ from sqlalchemy import Connection, Engine, make_url
 from virnucpro_core.errors import ServiceError, VirnucproError
 from virnucpro_core.ledger.database import check_migrated, connect_arguments, in_transaction, open_ledger
 from virnucpro_core.ledger.outbox import (
+    OUTBOX_CHANNEL,
     Message,
     QueueState,
     queue_states,
@@ -31,7 +32,6 @@ from virnucpro_core.ledger.outbox import (
     take_due,
     take_overdue,
 )
-from virnucpro_core.ledger.transitions import OUTBOX_CHANNEL
 from virnucpro_core.logs import about, configure_logging
 from virnucpro_core.settings import Settings, load_settings
 from workers.app import app, check_broker

@@ -163,20 +163,22 @@ def check_result(
     if result is None:
         raise MismatchError("there is no merged result to validate", where=work.title, todo="Retry the job.")
     path = locate(result, settings)
-    verdict = validate_result(path, sha256=result.sha256, ids=read_ids(ledger, work, settings), failed=failed)
-    errors = list(verdict.errors)
-    if (verdict.rows, len(failed), verdict.records) != (job.embeddings, job.failed, job.records):
+    findings = validate_result(
+        path, sha256=result.sha256, ids=read_ids(ledger, work, settings), failed=failed
+    )
+    errors = list(findings.errors)
+    if (findings.rows, len(failed), findings.records) != (job.embeddings, job.failed, job.records):
         errors.append(
-            f"{verdict.rows} embeddings and {len(failed)} failures of {verdict.records} records, "
+            f"{findings.rows} embeddings and {len(failed)} failures of {findings.records} records, "
             f"where the ledger counts {job.embeddings}, {job.failed} and {job.records}"
         )
-    if verdict.passed:
+    if findings.passed:
         matrix = open_matrix(path)
         errors += validate_export([as_written(row, settings) for row in made if row.kind == EXPORT], matrix)
         for row in made:
             if row.kind == MERGED:
                 errors += validate_merged(as_written(row, settings), matrix)
-    log.info("validated", passed=not errors, errors=errors, rows=verdict.rows, failures=len(failed))
+    log.info("validated", passed=not errors, errors=errors, rows=findings.rows, failures=len(failed))
     if errors:
         raise MismatchError(
             f"the result is not valid: {'; '.join(errors)}",

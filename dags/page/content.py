@@ -18,7 +18,7 @@ from virnucpro_core.ledger.overview import (
 )
 from virnucpro_core.ledger.queries import ArtifactRow, artifacts_of, failure_batches, failures_of, get_job
 from virnucpro_core.ledger.transitions import MERGE, VALIDATE
-from virnucpro_core.reports import JobReport, report_job
+from virnucpro_core.status import JobStatus, read_status
 
 JOBS_SHOWN = 50
 FAILURES_SHOWN = 100
@@ -36,7 +36,7 @@ class JobPage:
     """
 
     overview: JobOverview
-    report: JobReport
+    status: JobStatus
     files: list[ArtifactRow]
 
     @property
@@ -83,10 +83,10 @@ def read_job(tx: Connection, job_id: int) -> JobPage:
     Raises:
         JobError: there is no such job.
     """
-    report = report_job(tx, job_id)
+    status = read_status(tx, job_id)
     [overview] = list_job_overviews(tx, jobs=[job_id])
     files = [*artifacts_of(tx, job_id, stage=MERGE), *artifacts_of(tx, job_id, stage=VALIDATE)]
-    return JobPage(overview=overview, report=report, files=files)
+    return JobPage(overview=overview, status=status, files=files)
 
 
 def read_failures(tx: Connection, job_id: int, *, reason: str | None, after: int) -> list[Failure]:

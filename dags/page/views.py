@@ -157,7 +157,7 @@ def live_job(request: Request, ledger: Engine, job_id: int, *, acts: bool) -> Li
         page=page,
         reading=reading,
         job=page.overview,
-        report=page.report,
+        status=page.status,
         acts=acts,
     )
 

@@ -125,10 +125,12 @@ def test_cleaning_that_died_after_its_commit_is_ended_by_the_next(
 
 def test_chunks_of_a_job_that_runs_again_stay(owner: Engine, worker: Engine, job_id: int) -> None:
     merged = in_transaction(owner, queries.artifacts_of, job_id, stage="merge")
+    chunks = files_of(owner, job_id, "extract")
     finish_earlier(owner, days=30)
     in_transaction(owner, resume, job_id, [merged[0].id])
     remove_expired(worker, load_settings())
-    assert all(path.exists() for path in files_of(owner, job_id, "extract"))
+    assert [path.exists() for path in chunks] == [True] * 3
+    assert files_of(owner, job_id, "extract") == chunks
 
 
 def test_spooled_copies_go_when_no_job_needs_them(owner: Engine, worker: Engine, job_id: int) -> None:

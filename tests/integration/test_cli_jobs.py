@@ -123,7 +123,7 @@ def test_cancel_and_retry(pipeline: Pipeline, virnucpro: Command, small_fasta: P
     assert virnucpro("cancel", job).code == 0
     assert virnucpro("status", job, "--json").json()["state"] == "cancelled"
     ended = virnucpro("cancel", job)
-    assert (ended.code, "is cancelled" in ended.err) == (1, True)
+    assert (ended.code, "is over: cancelled" in ended.err) == (1, True)
     told = virnucpro("retry", job, "--json").json()
     assert told["lost"] == 0
     assert told["waiting"] == told["chunks"] > 1
@@ -243,15 +243,17 @@ def test_job_from_submission_to_repair(
     ended = virnucpro("submit", small_fasta, "--model", MODEL, "--wait", "--max-failed-share", 0.1)
     assert ended.code == 1
     assert "16.67% of job" in ended.err
-    report = virnucpro("status", job).out
-    assert "1 empty, 1 invalid_residue (16.67%)" in report
-    assert "RANDOM" in report
-    assert "tokens/s per worker:" in report
+    status = virnucpro("status", job).out
+    assert "1 empty, 1 invalid_residue (16.67%)" in status
+    assert "RANDOM" in status
+    assert "tokens/s per worker:" in status
 
     row = pipeline.job(job)
     root = pipeline.settings.output_root
     submission = in_transaction(pipeline.ledger, submissions_of, job)[-1]
     folder = root / submission.folder(row.input_sha256, row.recipe_sha256)
+    assert f"published:   {folder}\n" in status
+    assert f"report:      {folder / 'small.report.html'}\n" in status
     verified = virnucpro("verify", job, "--json").json()
     artifacts = pipeline.rows("SELECT path, stage FROM artifacts ORDER BY id")
     published = sorted(path.name for path in folder.iterdir())

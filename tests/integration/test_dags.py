@@ -23,7 +23,7 @@ from structlog.testing import capture_logs
 
 from dags import virnucpro_ingest as ingest
 from dags.inbox import BATCHES, find_inputs, make_batches, name_batch
-from dags.reporting import FileReport, sum_up
+from dags.outcomes import FileOutcome, sum_up
 from tests import ledger_jobs as jobs
 from virnucpro_core.errors import InputError, JobError, ServiceError, SettingsError
 from virnucpro_core.ledger import queries, transitions
@@ -352,7 +352,7 @@ def test_asset_event_leaves_out_what_is_not_accepted(ledger: Engine, inbox: Path
     assert [bool(one["fault"]) for one in reports] == [True, False, True]
 
 
-def make_report(path: str, fault: str = "") -> FileReport:
+def make_outcome(path: str, fault: str = "") -> FileOutcome:
     return {
         "path": path,
         "fault": fault,
@@ -361,11 +361,11 @@ def make_report(path: str, fault: str = "") -> FileReport:
 
 
 def test_summary_names_every_file_without_a_result() -> None:
-    sum_up(["/a", "/b"], [make_report("/a"), make_report("/b")])
+    sum_up(["/a", "/b"], [make_outcome("/a"), make_outcome("/b")])
     with pytest.raises(JobError, match="2 of 3 files") as caught:
-        sum_up(["/a", "/b", "/c"], [make_report("/a"), make_report("/b", "job 2 failed")])
+        sum_up(["/a", "/b", "/c"], [make_outcome("/a"), make_outcome("/b", "job 2 failed")])
     assert "/b: job 2 failed" in str(caught.value)
-    assert "/c: it got no report" in str(caught.value)
+    assert "/c: it did not get through" in str(caught.value)
 
 
 def test_summary_says_why_though_the_files_own_tasks_left_no_report(ledger: Engine, inbox: Path) -> None:
@@ -393,5 +393,5 @@ def test_summary_says_why_though_the_files_own_tasks_left_no_report(ledger: Engi
     assert "the file is empty" in said[str(refused)]
     assert said[str(failed)].endswith("failed: job 1 b: extract chunk 1 of 1: the input changed")
     assert "1 of 2 records failed, more than" in said[str(faulty)]
-    assert said[str(odd)] == "it got no report: see its failed task; its job succeeded"
-    assert said[str(unknown)] == "it got no report: see its failed task"
+    assert said[str(odd)] == "it did not get through its stages: see its failed task; its job succeeded"
+    assert said[str(unknown)] == "it did not get through its stages: see its failed task"

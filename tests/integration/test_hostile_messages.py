@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import pickle
 import zlib
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis
 
+from tests.pt_files import Payload
 from virnucpro_core.settings import load_settings
 from workers.app import KEY_PREFIX, make_app
 
@@ -23,16 +23,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.faults]
 pytest_plugins = ["tests.fixtures_pipeline"]
 
 QUEUE = "finish"
-
-
-class Payload:
-    """Something that makes a folder when it is unpickled."""
-
-    def __init__(self, witness: Path) -> None:
-        self.witness = witness
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.witness),)
 
 
 def counted(pipeline: Pipeline) -> dict[str, int]:

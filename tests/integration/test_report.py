@@ -37,13 +37,6 @@ def hostile_fasta(tmp_path: Path) -> Path:
     return path
 
 
-def published(pipeline: Pipeline, job_id: int) -> Path:
-    """The folder that a job's result was published in for its first submission."""
-    job = pipeline.job(job_id)
-    submission = in_transaction(pipeline.ledger, submissions_of, job_id)[0]
-    return pipeline.settings.output_root / submission.folder(job.input_sha256, job.recipe_sha256)
-
-
 def test_job_ends_with_a_report_that_can_be_made_again(
     pipeline: Pipeline, virnucpro: Command, hostile_fasta: Path, tmp_path: Path
 ) -> None:
@@ -53,7 +46,7 @@ def test_job_ends_with_a_report_that_can_be_made_again(
     job = pipeline.wait_for(submitted.job_id)
     assert (job.state, job.failed) == ("succeeded", 1)
     stem = hostile_fasta.stem
-    folder = published(pipeline, job.id)
+    folder = pipeline.published(job.id)
     assert sorted(path.name for path in folder.iterdir()) == [
         f"{stem}.failures.jsonl",
         f"{stem}.manifest.json",
@@ -133,19 +126,19 @@ def test_broken_report_fails_no_job(
     unpublished = pipeline.submit(other).job_id
     root = pipeline.settings.output_root
     (root / job_folder(unwritten) / "g1/validate/report_1.html").mkdir(parents=True)
-    (published(pipeline, unpublished) / "other.report.html").mkdir(parents=True)
+    (pipeline.published(unpublished) / "other.report.html").mkdir(parents=True)
     pipeline.start_relay()
     pipeline.start_workers()
     jobs = [pipeline.wait_for(job) for job in (unwritten, unpublished)]
     assert [(job.state, job.error) for job in jobs] == [("succeeded", None)] * 2
     assert "report_not_made" in pipeline.logs()
     assert "report_not_published" in pipeline.logs()
-    assert {path.name for path in published(pipeline, unwritten).iterdir()} == {
+    assert {path.name for path in pipeline.published(unwritten).iterdir()} == {
         "small.failures.jsonl",
         "small.manifest.json",
         "small_ESM.pt",
     }
-    assert (published(pipeline, unpublished) / "other_ESM.pt").is_file()
+    assert (pipeline.published(unpublished) / "other_ESM.pt").is_file()
 
     # both are seen
     assert "report:      not made" in virnucpro("status", unwritten).out
@@ -153,7 +146,7 @@ def test_broken_report_fails_no_job(
     assert ended.code == 6
     assert "other.report.html: it cannot be read" in ended.out
     # and mended
-    (published(pipeline, unpublished) / "other.report.html").rmdir()
+    (pipeline.published(unpublished) / "other.report.html").rmdir()
     virnucpro("retry", unpublished)
     pipeline.wait_for(unpublished)
     assert virnucpro("verify", unpublished).code == 0

@@ -180,7 +180,9 @@ def test_nucleotides_for_a_job_that_ended_at_validate_are_merged(tx: Connection,
 
 
 @pytest.mark.parametrize("again", ["c" * 64, "d" * 64], ids=["the same file", "another file"])
-def test_rejected_nucleotides_are_noted_with_their_submission_alone(tx: Connection, again: str) -> None:
+def test_nucleotides_that_do_not_match_are_noted_with_their_submission_alone(
+    tx: Connection, again: str
+) -> None:
     """The same file may be given again: it may have been away, or not readable, when it was to be merged."""
     job_id = jobs.register(tx, jobs.scan(chunks=1)).job_id
     bad = replace(jobs.SUBMISSION, nucleotide_path="/in/bad.pt", nucleotide_sha256="c" * 64)
@@ -189,8 +191,8 @@ def test_rejected_nucleotides_are_noted_with_their_submission_alone(tx: Connecti
     extract = jobs.claim(tx, jobs.pending_chunks(tx, job_id)[0], worker)
     transitions.complete(tx, extract, jobs.result_of(extract))
     merge = jobs.claim(tx, jobs.pending_chunks(tx, job_id)[0], worker)
-    rejected = queries.submissions_of(tx, job_id)[1].id
-    transitions.complete(tx, merge, replace(jobs.result_of(merge), rejected={rejected: "ids do not match"}))
+    unmerged = queries.submissions_of(tx, job_id)[1].id
+    transitions.complete(tx, merge, replace(jobs.result_of(merge), unmerged={unmerged: "ids do not match"}))
     assert [row.error for row in queries.submissions_of(tx, job_id)] == [None, "ids do not match"]
     jobs.run_job(tx, job_id, worker)
     assert jobs.state_of(tx, job_id) == "succeeded"

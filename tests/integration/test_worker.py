@@ -38,13 +38,6 @@ IDS = [
 ]
 
 
-def published(pipeline: Pipeline, job_id: int, submission: int = 0) -> Path:
-    """The folder that a job's result was published in for one of its submissions."""
-    job = pipeline.job(job_id)
-    submissions = in_transaction(pipeline.ledger, submissions_of, job_id)
-    return pipeline.settings.output_root / submissions[submission].folder(job.input_sha256, job.recipe_sha256)
-
-
 def test_registered_file_is_extracted_merged_validated_and_published(
     pipeline: Pipeline, small_fasta: Path
 ) -> None:
@@ -56,7 +49,7 @@ def test_registered_file_is_extracted_merged_validated_and_published(
     assert (job.state, job.error) == ("succeeded", None)
     assert (job.records, job.embeddings, job.failed) == (RECORDS, RECORDS - FAILURES, FAILURES)
 
-    folder = published(pipeline, job.id)
+    folder = pipeline.published(job.id)
     ids, rows = read_pt(folder / "small_ESM.pt")
     assert ids == IDS
     assert all(row.shape == (1280,) and row.isfinite().all() and row.any() for row in rows)
@@ -91,7 +84,7 @@ def test_forced_generation_replaces_the_result_and_merges_nucleotides(
     pipeline.start_relay()
     pipeline.start_workers()
     job = pipeline.wait_for(pipeline.submit(small_fasta).job_id)
-    folder = published(pipeline, job.id)
+    folder = pipeline.published(job.id)
     export = folder / "small_ESM.pt"
     first = export.read_bytes()
     assert not (folder / "small_merged.pt").exists()
@@ -102,7 +95,7 @@ def test_forced_generation_replaces_the_result_and_merges_nucleotides(
         assert reader.read() == first
     assert (job.state, job.generation) == ("succeeded", 2)
     assert export.read_bytes() == first
-    merged = torch.load(published(pipeline, job.id, 1) / "small_merged.pt", weights_only=True)
+    merged = torch.load(pipeline.published(job.id, 1) / "small_merged.pt", weights_only=True)
     assert merged["ids"] == IDS
     assert merged["labels"] == [1]
     assert merged["data"].shape == (len(IDS), 2048)
@@ -118,7 +111,7 @@ def test_late_nucleotides_need_no_chunks_and_wrong_ones_harm_nobody(
     pipeline.start_workers()
     job_id = pipeline.submit(small_fasta).job_id
     pipeline.wait_for(job_id)
-    first = (published(pipeline, job_id) / "small_ESM.pt").read_bytes()
+    first = (pipeline.published(job_id) / "small_ESM.pt").read_bytes()
     assert in_transaction(pipeline.ledger, remove_chunks, job_id, pipeline.settings.output_root) > 3
     ran = pipeline.rows("SELECT id, claimed_at FROM chunks WHERE stage = 'extract' ORDER BY id")
 
@@ -134,7 +127,7 @@ def test_late_nucleotides_need_no_chunks_and_wrong_ones_harm_nobody(
     errors = [row.error for row in in_transaction(pipeline.ledger, submissions_of, job_id)]
     assert [error is None for error in errors] == [True, False, True, True]
     assert "the two sides do not match" in str(errors[1])
-    folders = [published(pipeline, job_id, k) for k in range(4)]
+    folders = [pipeline.published(job_id, k) for k in range(4)]
     assert len(set(folders)) == 4
     assert all((folder / "small_ESM.pt").read_bytes() == first for folder in folders)
     labels = [torch.load(folder / "small_merged.pt", weights_only=True)["labels"] for folder in folders[2:]]

@@ -15,16 +15,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.rows import make_rows
 from virnucpro_core.errors import ArtifactError, MismatchError
 from virnucpro_core.features.exports import export_names, read_pt, write_export, write_pt
 from virnucpro_core.features.files import hash_file
 from virnucpro_core.features.matrices import Matrix, open_matrix, write_matrix
 
 pytestmark = pytest.mark.unit
-
-
-def make_rows(rows: int) -> np.ndarray:
-    return np.random.default_rng(rows).standard_normal((rows, 1280), dtype=np.float32)
 
 
 def make_matrix(path: Path, rows: int) -> Matrix:

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from virnucpro_core.gpus import AGAIN_SECONDS, MASK, Gpu, GpuMeter, GpuUse, apply_mask, list_gpus
-from virnucpro_core.stack.composition import choose_gpus
+from virnucpro_core.errors import ExecutionError, SettingsError
+from virnucpro_core.gpus import AGAIN_SECONDS, MASK, Gpu, GpuMeter, GpuUse, apply_mask, choose_gpus, list_gpus
+from virnucpro_core.stack.composition import gpus_or_cpu
 
 pytestmark = pytest.mark.unit
 
@@ -42,6 +43,26 @@ def test_inherited_mask_is_obeyed(mask: str | None, left: list[Gpu]) -> None:
     assert apply_mask(GPUS, mask) == left
 
 
+@pytest.mark.parametrize(
+    ("wanted", "chosen"), [("none", []), ("all", [B, A]), ("0", [B]), ("1,0", [A, B]), (" 1 ", [A])]
+)
+def test_numbers_count_within_the_mask(wanted: str, chosen: list[Gpu]) -> None:
+    assert choose_gpus(wanted, [B, A]) == chosen
+
+
+@pytest.mark.parametrize("wanted", ["", "some", "0,", "0,0", "-1", "GPU-aaaa1111"])
+def test_other_choices_are_refused(wanted: str) -> None:
+    with pytest.raises(SettingsError, match="--gpus cannot be"):
+        choose_gpus(wanted, GPUS)
+
+
+def test_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ExecutionError, match="there is no GPU 2"):
+        choose_gpus("0,2", [A, B])
+    with pytest.raises(ExecutionError, match="no GPU is visible"):
+        choose_gpus("all", [])
+
+
 def test_host_without_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
@@ -52,7 +73,7 @@ def test_host_without_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("mask", "asked", "chosen"),
-    [(None, "all", "all"), ("1", "all", "all"), ("", "all", "none"), ("", "0", "0"), ("", "none", "none")],
+    [(None, "all", "all"), ("1", "all", "all"), ("", "all", "none"), ("1", "0", "0"), ("", "none", "none")],
 )
 def test_a_stack_computes_on_the_cpu_where_the_mask_hides_every_gpu(
     mask: str | None, asked: str, chosen: str, monkeypatch: pytest.MonkeyPatch
@@ -61,7 +82,16 @@ def test_a_stack_computes_on_the_cpu_where_the_mask_hides_every_gpu(
     monkeypatch.delenv(MASK, raising=False)
     if mask is not None:
         monkeypatch.setenv(MASK, mask)
-    assert choose_gpus(asked) == chosen
+    assert gpus_or_cpu(asked) == chosen
+
+
+@pytest.mark.parametrize(("asked", "error"), [("0", ExecutionError), ("some", SettingsError)])
+def test_a_stack_refuses_what_its_workers_would(
+    asked: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MASK, "")
+    with pytest.raises(error):
+        gpus_or_cpu(asked)
 
 
 class Memory:

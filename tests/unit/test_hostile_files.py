@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import resource
 import zipfile
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from tests.pt_files import (
+    Payload,
     call,
     listed,
     mapped,
@@ -39,16 +39,6 @@ from virnucpro_core.recipe import Recipe
 pytestmark = pytest.mark.unit
 
 ROW = np.ones((1, 1280), np.float32)
-
-
-class Payload:
-    """Something that makes a file when it is unpickled."""
-
-    def __init__(self, witness: Path) -> None:
-        self.witness = witness
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.witness),)
 
 
 def as_torch_saves(content: object) -> bytes:
@@ -180,9 +170,6 @@ def test_a_sound_file_by_hand_is_read(tmp_path: Path) -> None:
     ids, rows = read_pt(tmp_path / "a.pt")
     assert ids == ["a"]
     assert torch.equal(rows[0], torch.ones(1280))
-
-
-BOMB = b"].(" + listed() * 10
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from tests.rows import make_rows
 from virnucpro_core.errors import ArtifactError, MismatchError
 from virnucpro_core.features.files import Written
 from virnucpro_core.features.matrices import open_matrix, write_matrix
@@ -24,10 +25,6 @@ pytestmark = pytest.mark.unit
 METADATA = {"recipe": "0" * 64, "execution": '{"torch":"2"}'}
 
 id_lists = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12), max_size=40)
-
-
-def make_rows(rows: int, width: int = 1280) -> np.ndarray:
-    return np.random.default_rng(rows).standard_normal((rows, width), dtype=np.float32)
 
 
 def write_sample(path: Path, rows: int = 3) -> Written:

@@ -15,6 +15,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.rows import make_rows
 from virnucpro_core.errors import ArtifactError, MismatchError, SettingsError
 from virnucpro_core.features.exports import write_pt
 from virnucpro_core.features.files import hash_file
@@ -26,10 +27,6 @@ pytestmark = pytest.mark.unit
 METADATA = {"recipe": "r", "execution": "e"}
 NOTHING = np.empty(0, np.int64)
 EXECUTION = 8 + len('{"__metadata__":{"execution":"')  # where in a chunk the execution class stands
-
-
-def make_rows(rows: int, width: int = 1280) -> np.ndarray:
-    return np.random.default_rng(rows).standard_normal((rows, width), dtype=np.float32)
 
 
 def write_chunk(

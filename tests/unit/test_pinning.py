@@ -13,7 +13,7 @@ import pytest
 from virnucpro_core.errors import ExecutionError, SettingsError
 from virnucpro_core.gpus import Gpu
 from workers.launcher import Node, plan_nodes
-from workers.pinning import choose_gpus, try_lock
+from workers.pinning import try_lock
 
 pytestmark = pytest.mark.unit
 
@@ -39,26 +39,6 @@ def plan(tmp_path: Path) -> Iterator[Plan]:
     yield plan_and_remember
     for node in planned:
         node.lock.release()
-
-
-@pytest.mark.parametrize(
-    ("wanted", "chosen"), [("none", []), ("all", [B, A]), ("0", [B]), ("1,0", [A, B]), (" 1 ", [A])]
-)
-def test_numbers_count_within_the_mask(wanted: str, chosen: list[Gpu]) -> None:
-    assert choose_gpus(wanted, [B, A]) == chosen
-
-
-@pytest.mark.parametrize("wanted", ["", "some", "0,", "0,0", "-1", "GPU-aaaa1111"])
-def test_other_choices_are_refused(wanted: str) -> None:
-    with pytest.raises(SettingsError, match="--gpus cannot be"):
-        choose_gpus(wanted, GPUS)
-
-
-def test_gpu_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ExecutionError, match="there is no GPU 2"):
-        choose_gpus("0,2", [A, B])
-    with pytest.raises(ExecutionError, match="no GPU is visible"):
-        choose_gpus("all", [])
 
 
 def test_each_gpu_gets_a_node_pinned_by_uuid(plan: Plan) -> None:

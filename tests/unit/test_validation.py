@@ -12,13 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.rows import make_rows
 from virnucpro_core.errors import ArtifactError
 from virnucpro_core.features.exports import write_export, write_pt
 from virnucpro_core.features.files import Written, hash_file
 from virnucpro_core.features.matrices import Matrix, open_matrix, write_matrix
 from virnucpro_core.features.merging import merge_features, read_nucleotides
 from virnucpro_core.features.validation import (
-    Verdict,
+    Findings,
     validate_embeddings,
     validate_export,
     validate_merged,
@@ -28,10 +29,6 @@ from virnucpro_core.features.validation import (
 pytestmark = pytest.mark.unit
 
 NAN, INF = float("nan"), float("inf")
-
-
-def make_rows(rows: int, width: int = 1280) -> np.ndarray:
-    return np.random.default_rng(rows).standard_normal((rows, width), dtype=np.float32)
 
 
 def row_with(value: float, width: int = 1280) -> torch.Tensor:
@@ -70,7 +67,7 @@ def write_result(path: Path, records: list[int], embeddings: np.ndarray | None =
     return write_matrix(path, [f"p{record}" for record in records], np.array(records, np.int64), rows, {})
 
 
-def validate(written: Written, records: int, failed: list[int]) -> Verdict:
+def validate(written: Written, records: int, failed: list[int]) -> Findings:
     ids = (f"p{record}" for record in range(1, records + 1))
     return validate_result(written.path, sha256=written.sha256, ids=ids, failed=failed)
 
@@ -81,9 +78,9 @@ def test_every_record_an_embedding_or_a_failure_passes(
 ) -> None:
     records = [record for record, has_row in enumerate(embedded, 1) if has_row]
     failed = [record for record, has_row in enumerate(embedded, 1) if not has_row]
-    verdict = validate(write_result(tmp_path_factory.mktemp("v") / "m", records), len(embedded), failed)
-    assert verdict == Verdict(records=len(embedded), failures=len(failed), rows=len(records), errors=[])
-    assert verdict.passed
+    findings = validate(write_result(tmp_path_factory.mktemp("v") / "m", records), len(embedded), failed)
+    assert findings == Findings(records=len(embedded), failures=len(failed), rows=len(records), errors=[])
+    assert findings.passed
 
 
 def test_more_rows_than_one_block_are_compared(tmp_path: Path) -> None:
@@ -106,24 +103,24 @@ def test_more_rows_than_one_block_are_compared(tmp_path: Path) -> None:
 def test_records_that_are_lost_or_counted_twice_are_told(
     tmp_path: Path, records: int, failed: list[int], error: str
 ) -> None:
-    verdict = validate(write_result(tmp_path / "m", [1, 2, 4]), records, failed)
-    assert verdict.errors == [error]
-    assert not verdict.passed
-    assert verdict.to_json()["passed"] is False
+    findings = validate(write_result(tmp_path / "m", [1, 2, 4]), records, failed)
+    assert findings.errors == [error]
+    assert not findings.passed
+    assert findings.to_json()["passed"] is False
 
 
 def test_another_id_is_told(tmp_path: Path) -> None:
     written = write_result(tmp_path / "m", [1, 2])
-    verdict = validate_result(written.path, sha256=written.sha256, ids=["p1", "q2"], failed=[])
-    assert verdict.errors == ["another id than in the input at records: 2 ('p2' for 'q2')"]
+    findings = validate_result(written.path, sha256=written.sha256, ids=["p1", "q2"], failed=[])
+    assert findings.errors == ["another id than in the input at records: 2 ('p2' for 'q2')"]
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_number_that_is_not_finite_is_told(tmp_path: Path, value: float) -> None:
     rows = make_rows(1500)
     rows[1200, 1279] = value
-    verdict = validate(write_result(tmp_path / "m", list(range(1, 1501)), rows), 1500, [])
-    assert verdict.errors == ["NaN or Inf in the embeddings of records: 1201"]
+    findings = validate(write_result(tmp_path / "m", list(range(1, 1501)), rows), 1500, [])
+    assert findings.errors == ["NaN or Inf in the embeddings of records: 1201"]
 
 
 def test_many_faults_of_a_kind_are_one_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -10,7 +11,7 @@ import typer
 
 from virnucpro_core.cli import estimate, explain, files, health, jobs, services, submissions, weights
 from virnucpro_core.cli.output import print_error
-from virnucpro_core.errors import VirnucproError
+from virnucpro_core.errors import ArtifactError, VirnucproError
 from virnucpro_core.logs import configure_logging
 from virnucpro_core.stack.description import use_running_stack
 
@@ -21,11 +22,21 @@ EXIT_CODES = {
     3: "an input file cannot be used",
     4: "a model's weights are missing, incomplete or not FastESM2",
     5: "the database, the broker or another service cannot be used",
-    6: "a result is missing or damaged, or two files do not belong together",
+    6: "a result is missing, damaged or cannot be written, or two files do not belong together",
     7: "the device cannot run what was asked",
     130: "interrupted",
 }
 """What the exit codes mean; `VirnucproError.exit_code` says which error has which."""
+
+REFUSALS = {
+    errno.ENOSPC: "Free space there",
+    errno.EDQUOT: "Free space there",
+    errno.EIO: "Look at the device",
+    errno.EACCES: "Give this user the right, or choose another folder",
+    errno.EPERM: "Give this user the right, or choose another folder",
+    errno.EROFS: "Choose another folder",
+}
+"""What the system refuses for reasons that a person can mend, wherever it does; all else is a bug of ours."""
 
 STACK_COMMANDS = ("up", "down", "demo")
 """They make the stack: what a crashed one left behind must not pass for the user's own settings."""
@@ -56,7 +67,28 @@ def begin(context: typer.Context) -> None:
 def main() -> None:
     """Run the command line; the process ends here, with one of `EXIT_CODES`."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            print(end="", flush=True)
     except VirnucproError as error:
         print_error(error)
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        drop_output()
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        if error.filename is None:
+            drop_output()
+        what = f"the system refuses to go on: {error.strerror}"
+        where = str(error.filename or "standard output")
+        print_error(ArtifactError(what, where=where, todo=f"{REFUSALS[error.errno]}, then run it again."))
+        sys.exit(ArtifactError.exit_code)
+
+
+def drop_output() -> None:
+    """Send what is left in standard output's buffer nowhere: Python would fail at it once more as it ends."""
+    if sys.stdout is not None:  # as it is where nobody gave us one
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -55,12 +55,12 @@ def explain(
     told of, up to 20. What is told is of the job's current generation; a claim that a worker declined is no attempt
     and is not kept.
     """
-    from virnucpro_core.records import find_records
+    from virnucpro_core.records import look_up_records
     from virnucpro_core.stories import tell_story
 
     settings = load_settings()
     with connect() as ledger:
-        found = find_records(ledger, settings, job, record, as_id=is_id)
+        found = look_up_records(ledger, settings, job, record, as_id=is_id)
         stories = [tell_story(ledger, settings, job, number) for number in found[:MOST_STORIES]]
     if as_json:
         print_json([asdict(story) for story in stories])

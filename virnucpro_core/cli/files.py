@@ -120,13 +120,13 @@ def validate(
     The manifest is FILE.json, or `<stem>.manifest.json` for `<stem>_ESM.pt` and its shards; without one, the
     content alone is checked, and the output says so. Exit 0 if every file is valid, 6 if not.
     """
-    verdicts = [check_file(file) for file in files]
+    checked = [check_file(file) for file in files]
     if as_json:
-        print_json(verdicts)
+        print_json(checked)
     else:
-        for verdict in verdicts:
-            print_line(f"[{'PASS' if verdict['passed'] else 'FAIL'}] {verdict['path']}: {summarise(verdict)}")
-    if not all(verdict["passed"] for verdict in verdicts):
+        for found in checked:
+            print_line(f"[{'PASS' if found['passed'] else 'FAIL'}] {found['path']}: {summarise(found)}")
+    if not all(found["passed"] for found in checked):
         raise typer.Exit(ArtifactError.exit_code)
 
 
@@ -134,10 +134,13 @@ def check_writable(out: Path) -> None:
     """Refuse an output that cannot be written now, rather than after hours of work.
 
     Raises:
-        ArtifactError: it is a folder, or its folder cannot be written.
+        ArtifactError: it is a folder or a device, or its folder cannot be written.
     """
     if out.is_dir():
         raise ArtifactError("the output is a folder", where=str(out), todo="Name a file in it.")
+    if out.exists() and not out.is_file():
+        # The file would take the name of /dev/null from it.
+        raise ArtifactError("the output is no regular file", where=str(out), todo="Name another one.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):
@@ -191,16 +194,16 @@ def find_manifest(path: Path) -> tuple[Path, Manifest] | None:
     return None
 
 
-def summarise(verdict: dict[str, object]) -> str:
+def summarise(found: dict[str, object]) -> str:
     """One line about a file: its errors, or what was checked."""
-    errors = cast("list[str]", verdict["errors"])
+    errors = cast("list[str]", found["errors"])
     if errors:
         more = f"; and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
         return "; ".join(errors[:NAMED]) + more
     checksum = (
-        "checksum as in its manifest" if verdict["manifest"] else "no manifest to compare a checksum with"
+        "checksum as in its manifest" if found["manifest"] else "no manifest to compare a checksum with"
     )
-    return f"{verdict['rows']:,} rows, {checksum}"
+    return f"{found['rows']:,} rows, {checksum}"
 
 
 def describe_result(manifest: Manifest, out: Path) -> dict[str, object]:

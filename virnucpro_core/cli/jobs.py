@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
     from virnucpro_core.failures import Failure
-    from virnucpro_core.reports import JobReport
+    from virnucpro_core.status import JobStatus
     from virnucpro_core.verification import Verification
 
 PANEL = "Jobs"
@@ -82,12 +82,12 @@ def status(
         return
     from virnucpro_core.ledger.database import in_transaction
     from virnucpro_core.ledger.queries import list_jobs, live_workers
-    from virnucpro_core.reports import report_job
+    from virnucpro_core.status import read_status
 
     with connect() as ledger:
         if job is not None:
-            told = in_transaction(ledger, report_job, job)
-            print_json(asdict(told)) if as_json else print_report(told)
+            told = in_transaction(ledger, read_status, job)
+            print_json(asdict(told)) if as_json else print_status(told)
             return
         jobs, workers = in_transaction(ledger, lambda tx: (list_jobs(tx), live_workers(tx)))
     rows = [{column: getattr(row, column) for column in JOB_COLUMNS} for row in jobs]
@@ -110,6 +110,8 @@ def failures(
 
     Records are numbered from 1. The text form shows the first ones; --csv and --json print all.
     """
+    if as_csv and as_json:
+        raise typer.BadParameter("give --csv or --json, not both")
     from virnucpro_core.ledger.database import in_transaction
     from virnucpro_core.ledger.queries import failure_batches, failure_counts, failures_of, get_job
 
@@ -211,7 +213,7 @@ def verify(job: JobArgument, as_json: AsJson = False) -> None:
         outcome = (
             "are as recorded"
             if verification.passed
-            else f"were compared, {len(verification.faults)} are at fault"
+            else f"were compared; at fault: {len(verification.faults)}"
         )
         print(f"job {job}: {verification.files:,} files, {verification.bytes:,} bytes {outcome}")
     if not verification.passed:
@@ -225,9 +227,10 @@ def verify_with_bar(ledger: Engine, job: int) -> Verification:
         return verify_job(ledger, load_settings().output_root, job, on_progress=bar.set)
 
 
-def print_report(told: JobReport) -> None:
-    """Print all that is known of a job."""
+def print_status(told: JobStatus) -> None:
+    """Print all that is known of a job; paths as they are seen from here."""
     share = told.failed / told.records
+    root = load_settings().output_root
     print_facts(
         {
             "job": told.job,
@@ -257,7 +260,9 @@ def print_report(told: JobReport) -> None:
                 "  by": submission.requested_by,
                 "  label": submission.label,
                 "  nucleotides": submission.nucleotide_path,
-                "  published": submission.folder if submission.published else "not yet",
-                "  report": submission.page or (submission.published and NO_PAGE) or None,
+                "  published": root / submission.folder if submission.published else "not yet",
+                "  report": root / submission.page
+                if submission.page
+                else (submission.published and NO_PAGE) or None,
             }
         )

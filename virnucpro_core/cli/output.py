@@ -25,7 +25,7 @@ from rich.text import Text
 
 from virnucpro_core.errors import VirnucproError
 
-LONGEST_LINE = 100_000  # characters of a table's line on a pipe
+LONGEST_LINE = 100_000  # characters of a table's line
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script instead of text for a person.")]
 
@@ -38,6 +38,11 @@ def print_json(value: object) -> None:
 def escape(text: str) -> str:
     """The text without anything that a terminal would obey: names of files may hold any character."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def escape_lines(text: str) -> str:
+    """As `escape`, but the end of a log keeps its lines; they are indented, so that none passes for ours."""
+    return "\n    ".join(map(escape, text.splitlines()))
 
 
 def print_line(text: str) -> None:
@@ -54,18 +59,17 @@ def print_facts(facts: Mapping[str, object]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows in columns; numbers to the right. On a pipe no cell is cut, however wide the table gets."""
+    """Print rows in columns; numbers to the right. No cell is cut or folded, however wide the table gets."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     cells = [list(row) for row in rows]
     for place, column in enumerate(columns):
         numeric = bool(cells) and all(isinstance(row[place], int | float) for row in cells)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(column, justify="right" if numeric else "left")
     for row in cells:
         table.add_row(*(Text(format_value(value)) for value in row))
     console = Console()
-    if not console.is_terminal:
-        unbounded = console.options.update(max_width=LONGEST_LINE)
-        console.width = max(console.measure(table, options=unbounded).maximum, 1)
+    unbounded = console.options.update(max_width=LONGEST_LINE)
+    console.width = max(console.measure(table, options=unbounded).maximum, 1)
     console.print(table)
 
 
@@ -93,11 +97,11 @@ def format_counts(counts: Mapping[str, int]) -> str:
 
 def print_error(error: VirnucproError) -> None:
     """Say on stderr what happened, where, and what to do about it."""
-    lines = Text.assemble(("error", "bold red"), f": {escape(error.what)}")
+    lines = Text.assemble(("error", "bold red"), f": {escape_lines(error.what)}")
     if error.where:
         lines.append(f"\n  where: {escape(error.where)}")
     if error.todo:
-        lines.append(f"\n  to do: {escape(error.todo)}")
+        lines.append(f"\n  to do: {escape_lines(error.todo)}")
     Console(stderr=True).print(lines, soft_wrap=True)
 
 

@@ -112,7 +112,10 @@ def down() -> None:
     """Stop the stack that `virnucpro up` started from this folder; returns when no process is left."""
     from virnucpro_core.stack.stack import Stack
 
-    Stack(load_settings()).stop()
+    stack = Stack(load_settings())
+    if stack.status():
+        print_note("stopping: workers may finish what they have in hand")
+    stack.stop()
 
 
 def demo(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from virnucpro_core.cli.connections import connect, name_person
-from virnucpro_core.cli.jobs import PANEL, print_report
+from virnucpro_core.cli.jobs import PANEL, print_status
 from virnucpro_core.cli.output import AsJson, print_error, print_json, print_line, print_note, show_progress
 from virnucpro_core.errors import InputError, JobError
 from virnucpro_core.settings import load_settings
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from virnucpro_core.ledger.submissions import Label, Submitted
-    from virnucpro_core.reports import JobReport
+    from virnucpro_core.status import JobStatus
 
 POLL_SECONDS = 1.0
 
@@ -75,7 +75,7 @@ def submit(
     With --wait the command ends when all jobs have; interrupting it leaves them running.
     """
     from virnucpro_core.ledger.database import in_transaction
-    from virnucpro_core.reports import report_job
+    from virnucpro_core.status import read_status
 
     if nucleotides is not None and len(files) > 1:
         raise typer.BadParameter("one nucleotide file belongs to one FASTA file: submit them pair by pair")
@@ -92,26 +92,28 @@ def submit(
         )
         if wait:
             wait_for(ledger, [job.job_id for job in jobs.values()])
-        reports = {file: in_transaction(ledger, report_job, job.job_id) for file, job in jobs.items()}
+        statuses = {file: in_transaction(ledger, read_status, job.job_id) for file, job in jobs.items()}
     if as_json:
         print_json(
             [
-                {"file": file, "created": jobs[file].created, **asdict(report)}
-                for file, report in reports.items()
+                {"file": file, "created": jobs[file].created, **asdict(status)}
+                for file, status in statuses.items()
             ]
         )
     elif wait:
-        for report in reports.values():
-            print_report(report)
+        for place, status in enumerate(statuses.values()):
+            if place:
+                print()
+            print_status(status)
     else:
-        for file, report in reports.items():
+        for file, status in statuses.items():
             known = "registered" if jobs[file].created else "known already"
-            print_line(f"{file}: job {report.job}, {known}, {report.state}, generation {report.generation}")
+            print_line(f"{file}: job {status.job}, {known}, {status.state}, generation {status.generation}")
     codes = [error.exit_code for error in errors]
     if wait:
         share = load_settings().max_failed_share if max_failed_share is None else max_failed_share
         codes += [
-            JobError.exit_code for file, report in reports.items() if not check_outcome(report, file, share)
+            JobError.exit_code for file, status in statuses.items() if not check_outcome(status, file, share)
         ]
     if codes:
         raise typer.Exit(max(codes))
@@ -175,24 +177,25 @@ def wait_for(ledger: Engine, job_ids: Sequence[int]) -> None:
             raise
 
 
-def check_outcome(report: JobReport, file: Path, max_failed_share: float) -> bool:
+def check_outcome(status: JobStatus, file: Path, max_failed_share: float) -> bool:
     """Whether a file's job succeeded with no more failures than allowed; says on stderr why not."""
     # Others may have submitted the same content, with nucleotides of their own.
-    submissions = [one for one in report.submissions if one.path == str(file.absolute())]
-    share = report.failed / report.records
-    if report.state != "succeeded":
-        reason = f": {report.error}" if report.error else ""
-        todo = f"`virnucpro retry {report.job}` goes on with what is missing."
-        print_error(JobError(f"job {report.job} {report.state}{reason}", todo=todo))
+    submissions = [one for one in status.submissions if one.path == str(file.absolute())]
+    share = status.failed / status.records
+    if status.state != "succeeded":
+        reason = f": {status.error}" if status.error else ""
+        todo = f"`virnucpro retry {status.job}` goes on with what is missing."
+        print_error(JobError(f"job {status.job} {status.state}{reason}", where=str(file), todo=todo))
     elif share > max_failed_share:
         print_error(
             JobError(
-                f"{share:.2%} of job {report.job}'s records failed, more than {max_failed_share:.2%}",
-                todo=f"`virnucpro failures {report.job}` lists them.",
+                f"{share:.2%} of job {status.job}'s records failed, more than {max_failed_share:.2%}",
+                where=str(file),
+                todo=f"`virnucpro failures {status.job}` lists them.",
             )
         )
     elif error := max(submissions, key=lambda one: one.submitted_at).error:
-        print_error(JobError(f"job {report.job}'s nucleotides were not merged: {error}", where=str(file)))
+        print_error(JobError(f"job {status.job}'s nucleotides were not merged: {error}", where=str(file)))
     else:
         return True
     return False

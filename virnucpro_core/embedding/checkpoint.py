@@ -29,8 +29,6 @@ VOCABULARY_SIZE = 33
 NORM_EPSILON = 1e-5
 ROTARY_BASE = 10000.0
 
-FASTESM2_650 = "Synthyra/FastESM2_650"
-
 SHAPE: dict[str, object] = {
     "hidden_size": EMBEDDING_WIDTH,
     "num_attention_heads": HEADS,

@@ -250,8 +250,9 @@ def is_unreadable(error: ArtifactError | OSError) -> bool:
 
 def _unreadable(error: OSError, path: Path) -> ArtifactError:
     if isinstance(error, FileNotFoundError):
-        return ArtifactError("a file is missing", where=str(path), todo="Run its stage again.")
-    advice = "Make it readable for this user, or run its stage again."
+        todo = "Correct its name, or have it made again."
+        return ArtifactError("a file is missing", where=str(path), todo=todo)
+    advice = "Make it readable for this user, or have it made again."
     return ArtifactError(f"a file cannot be read: {error.strerror}", where=str(path), todo=advice)
 
 

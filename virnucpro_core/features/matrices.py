@@ -231,5 +231,5 @@ def _is_text_map(value: object) -> bool:
 
 
 def _altered(path: Path, why: str) -> ArtifactError:
-    todo = "Run its stage again."
+    todo = "Have it made again, as by `virnucpro retry JOB --verify`."
     return ArtifactError(f"not a matrix file as it was written: {why}", where=str(path), todo=todo)

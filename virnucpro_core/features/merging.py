@@ -244,7 +244,7 @@ def _unlike(source: _Chunk, other: _Chunk) -> MismatchError | ArtifactError:
 
 
 def _altered(source: _Chunk) -> ArtifactError:
-    todo = "Run its stage again: the other chunks are kept."
+    todo = "Have it made again, as by `virnucpro retry JOB --verify`: the other chunks are kept."
     return ArtifactError("a chunk is not as it was recorded", where=str(source.path), todo=todo)
 
 

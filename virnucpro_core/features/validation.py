@@ -47,7 +47,7 @@ class _Fault:
 
 
 @dataclass(slots=True)
-class Verdict:
+class Findings:
     """What validation found.
 
     Attributes:
@@ -107,7 +107,7 @@ def validate_embeddings(
     return errors
 
 
-def validate_result(path: Path, *, sha256: str, ids: Iterable[str], failed: Iterable[int]) -> Verdict:
+def validate_result(path: Path, *, sha256: str, ids: Iterable[str], failed: Iterable[int]) -> Findings:
     """Reopens a merged matrix and compares it with its input: every record an embedding or a failure, once.
 
     Memory does not grow with the rows, apart from the file's ids and record numbers, which are mapped.
@@ -119,20 +119,20 @@ def validate_result(path: Path, *, sha256: str, ids: Iterable[str], failed: Iter
         failed: the numbers of the records that are failures, rising.
 
     Returns:
-        The verdict. A file that is missing, cut short or none of ours is an error in it, too.
+        The findings. A file that is missing, cut short or none of ours is an error in it, too.
 
     Raises:
         ArtifactError: the file cannot be read, which says nothing of what it holds.
     """
-    verdict = Verdict()
+    findings = Findings()
     try:
         matrix = open_matrix(path)
-        verdict.rows = len(matrix)
-        verdict.errors += _check_bytes(matrix, sha256)
-        _check_records(matrix, ids, failed, verdict)
+        findings.rows = len(matrix)
+        findings.errors += _check_bytes(matrix, sha256)
+        _check_records(matrix, ids, failed, findings)
     except ArtifactError as error:
-        verdict.errors.append(_tell(error))
-    return verdict
+        findings.errors.append(_tell(error))
+    return findings
 
 
 def validate_export(exports: Sequence[Written], matrix: Matrix) -> list[str]:
@@ -194,7 +194,7 @@ def validate_merged(merged: Written, matrix: Matrix) -> list[str]:
 
 
 def _tell(error: ArtifactError) -> str:
-    """An error of a file's content as a line of the verdict; raised on if its content is not known."""
+    """An error of a file's content as a line of the findings; raised on if its content is not known."""
     if is_unreadable(error):
         raise error
     return str(error)
@@ -221,7 +221,7 @@ def _check_bytes(matrix: Matrix, sha256: str) -> list[str]:
     return altered + broken.lines() + empty.lines()
 
 
-def _check_records(matrix: Matrix, ids: Iterable[str], failed: Iterable[int], verdict: Verdict) -> None:
+def _check_records(matrix: Matrix, ids: Iterable[str], failed: Iterable[int], findings: Findings) -> None:
     """Walks through the input's records, the failures and the matrix side by side."""
     lost = _Fault("neither embedding nor failure for records")
     double = _Fault("both embedding and failure for records")
@@ -230,17 +230,17 @@ def _check_records(matrix: Matrix, ids: Iterable[str], failed: Iterable[int], ve
     unknown = _Fault("failures out of order, twice, or of no record of the input")
     rows, failures = _rows(matrix), iter(failed)
     row, failure = next(rows, None), next(failures, None)
-    for verdict.records, name in enumerate(ids, start=1):
-        has_row = row is not None and row[0] == verdict.records
-        has_failure = failure == verdict.records
+    for findings.records, name in enumerate(ids, start=1):
+        has_row = row is not None and row[0] == findings.records
+        has_failure = failure == findings.records
         if has_row == has_failure:
-            (double if has_row else lost).add([verdict.records])
+            (double if has_row else lost).add([findings.records])
         if row is not None and has_row:
             if row[1] != name:
-                renamed.add([f"{verdict.records} ({row[1]!r} for {name!r})"])
+                renamed.add([f"{findings.records} ({row[1]!r} for {name!r})"])
             row = next(rows, None)
         if has_failure:
-            verdict.failures += 1
+            findings.failures += 1
             failure = next(failures, None)
     if row is not None:
         foreign.add([row[0]])
@@ -249,7 +249,7 @@ def _check_records(matrix: Matrix, ids: Iterable[str], failed: Iterable[int], ve
         unknown.add([failure])
         unknown.add(failures)
     for fault in (lost, double, renamed, foreign, unknown):
-        verdict.errors += fault.lines()
+        findings.errors += fault.lines()
 
 
 def _rows(matrix: Matrix) -> Iterator[tuple[int, str]]:

@@ -10,11 +10,12 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, make_url, text
-from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, ProgrammingError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from virnucpro_core.errors import ServiceError
+from virnucpro_core.errors import ServiceError, SettingsError
+from virnucpro_core.settings import PREFIX
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,17 +49,36 @@ def connect_arguments(application_name: str, **session: str) -> dict[str, Any]:
 
 
 def open_ledger(url: str) -> Engine:
-    """An engine for the ledger at `url`; nothing is connected yet."""
+    """An engine for the ledger at `url`; nothing is connected yet.
+
+    Raises:
+        SettingsError: it cannot be read as a URL.
+    """
     return create_engine(
-        url,
+        read_url(url),
         pool_pre_ping=True,
         pool_size=2,
         connect_args=connect_arguments("virnucpro", idle_in_transaction_session_timeout=f"{IDLE_TIMEOUT}s"),
     )
 
 
+def read_url(url: str) -> URL:
+    try:
+        found = make_url(url)
+    except (ArgumentError, ValueError):
+        found = None
+    if found is None or "@" in (found.host or ""):
+        # Neither it nor the cause is shown: whatever cannot be read may be the password.
+        raise SettingsError(
+            "the database's URL cannot be read",
+            where=f"{PREFIX}DATABASE_URL, or the one of the role",
+            todo="Give postgresql://user:password@host:port/name, the password percent-encoded.",
+        )
+    return found
+
+
 def hide_password(url: str) -> str:
-    return make_url(url).render_as_string(hide_password=True)
+    return read_url(url).render_as_string(hide_password=True)
 
 
 def in_transaction(

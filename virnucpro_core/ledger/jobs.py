@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import Connection, text
 
 from virnucpro_core.errors import JobError
+from virnucpro_core.ledger.outbox import enqueue_pending, withdraw_messages
 from virnucpro_core.ledger.queries import count_artifacts
 from virnucpro_core.ledger.setbacks import SetbackKind, note_setbacks
 from virnucpro_core.ledger.transitions import (
@@ -18,8 +19,6 @@ from virnucpro_core.ledger.transitions import (
     forget_chunks,
     lock_job,
     restart_from,
-    wake_relay,
-    withdraw_messages,
 )
 from virnucpro_core.ledger.work import Resumed
 from virnucpro_core.sequences.chunks import ChunkRange
@@ -63,20 +62,6 @@ def insert_chunks(tx: Connection, job_id: int, chunks: Sequence[ChunkRange], *, 
             for chunk in chunks
         ],
     )
-
-
-def enqueue_pending(tx: Connection, job_id: int) -> None:
-    """Make the message of every pending chunk due, unless it is already."""
-    tx.execute(
-        text("""
-            INSERT INTO outbox (chunk_id, queue)
-            SELECT c.id, s.queue FROM chunks c JOIN stages s ON s.name = c.stage
-             WHERE c.job_id = :job AND c.state = 'pending' ORDER BY c.ordinal
-            ON CONFLICT (chunk_id) DO NOTHING
-        """),
-        {"job": job_id},
-    )
-    wake_relay(tx)
 
 
 def begin_generation(
@@ -285,7 +270,7 @@ def cancel(tx: Connection, job_id: int, *, by: str) -> None:
     """
     job = lock_job(tx, job_id)
     if job.state != "running":
-        raise JobError(f"job {job_id} is {job.state}", todo="Only a running job can be cancelled.")
+        raise JobError(f"job {job_id} is over: {job.state}", todo="Only a running job can be cancelled.")
     tx.execute(
         text("UPDATE jobs SET state = 'cancelled', finished_at = now() WHERE id = :job"), {"job": job_id}
     )

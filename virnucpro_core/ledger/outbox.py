@@ -1,4 +1,4 @@
-"""The outbox: which messages are due. The relay alone reads it; claiming a chunk empties it."""
+"""The outbox: which messages are due. Transitions fill it, the relay alone reads it; claiming a chunk empties it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
-from virnucpro_core.ledger.transitions import wake_relay
+OUTBOX_CHANNEL = "virnucpro_outbox"
+
+ENQUEUE_CHUNK = text("""
+    INSERT INTO outbox (chunk_id, queue, due_at)
+    SELECT c.id, s.queue, now() + make_interval(secs => :delay)
+      FROM chunks c JOIN stages s ON s.name = c.stage JOIN jobs j ON j.id = c.job_id
+     WHERE c.id = :chunk AND j.state = 'running'
+    ON CONFLICT (chunk_id) DO UPDATE SET due_at = excluded.due_at, published_at = NULL
+""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,38 @@ class QueueState:
     workers: int
     published: int
     overdue: int
+
+
+def enqueue(tx: Connection, chunk_id: int, *, delay: float = 0.0) -> None:
+    """Make a chunk's message due in `delay` seconds, unless its job has ended; wakes the relay with the commit."""
+    tx.execute(ENQUEUE_CHUNK, {"chunk": chunk_id, "delay": delay})
+    wake_relay(tx)
+
+
+def enqueue_pending(tx: Connection, job_id: int) -> None:
+    """Make the message of every pending chunk due, unless it is already."""
+    tx.execute(
+        text("""
+            INSERT INTO outbox (chunk_id, queue)
+            SELECT c.id, s.queue FROM chunks c JOIN stages s ON s.name = c.stage
+             WHERE c.job_id = :job AND c.state = 'pending' ORDER BY c.ordinal
+            ON CONFLICT (chunk_id) DO NOTHING
+        """),
+        {"job": job_id},
+    )
+    wake_relay(tx)
+
+
+def wake_relay(tx: Connection) -> None:
+    tx.execute(text("SELECT pg_notify(:channel, '')"), {"channel": OUTBOX_CHANNEL})
+
+
+def withdraw_messages(tx: Connection, job_id: int) -> None:
+    """Take an ended job's messages out of the outbox, where they would hold places that others need."""
+    tx.execute(
+        text("DELETE FROM outbox o USING chunks c WHERE c.id = o.chunk_id AND c.job_id = :job"),
+        {"job": job_id},
+    )
 
 
 def queue_states(tx: Connection, *, republish_seconds: float) -> list[QueueState]:

@@ -82,10 +82,10 @@ def replace_artifacts(
         )
 
 
-def note_rejections(tx: Connection, job_id: int, rejected: Mapping[int, str]) -> None:
+def note_unmerged(tx: Connection, job_id: int, unmerged: Mapping[int, str]) -> None:
     """Record which submissions' nucleotides could not be merged, and why; all others of the job are fine."""
     tx.execute(text("UPDATE submissions SET error = NULL WHERE job_id = :job"), {"job": job_id})
-    for submission, error in rejected.items():
+    for submission, error in unmerged.items():
         tx.execute(
             text("UPDATE submissions SET error = :error WHERE id = :id AND job_id = :job"),
             {"id": submission, "job": job_id, "error": error},

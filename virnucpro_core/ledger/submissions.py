@@ -77,7 +77,7 @@ def find_nucleotides(path: Path) -> Path | None:
     Raises:
         InputError: their folder cannot be searched.
     """
-    beside = path.with_name(f"{name_stem(path)}{NUCLEOTIDE_ENDING}")
+    beside = path.parent / f"{name_stem(path)}{NUCLEOTIDE_ENDING}"
     try:
         return beside if beside.exists() else None
     except OSError as error:

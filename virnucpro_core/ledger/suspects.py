@@ -13,9 +13,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-from virnucpro_core.ledger.jobs import enqueue_pending, insert_chunks
+from virnucpro_core.ledger.jobs import insert_chunks
+from virnucpro_core.ledger.outbox import enqueue, enqueue_pending
 from virnucpro_core.ledger.setbacks import SetbackKind, note_setbacks
-from virnucpro_core.ledger.transitions import EXTRACT, enqueue, fail_job, lock_job, stale
+from virnucpro_core.ledger.transitions import EXTRACT, fail_job, lock_job, stale
 from virnucpro_core.ledger.work import Claim
 from virnucpro_core.sequences.chunks import ChunkRange
 

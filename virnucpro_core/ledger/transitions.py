@@ -14,10 +14,11 @@ from typing import Any
 from sqlalchemy import Connection, Row, text
 
 from virnucpro_core.errors import JobError, StaleLeaseError
+from virnucpro_core.ledger.outbox import enqueue, wake_relay, withdraw_messages
 from virnucpro_core.ledger.results import (
     forget_older_generations,
     mark_published,
-    note_rejections,
+    note_unmerged,
     replace_artifacts,
     replace_failures,
 )
@@ -28,7 +29,6 @@ from virnucpro_core.recipe import Recipe
 from virnucpro_core.sequences.chunks import ChunkRange
 from virnucpro_core.sequences.compression import Compression
 
-OUTBOX_CHANNEL = "virnucpro_outbox"
 EXTRACT, MERGE, VALIDATE = "extract", "merge", "validate"
 MATRIX = "matrix"
 """The kind of artifact that holds rows of embeddings: a chunk's, or all of a job's once they are merged."""
@@ -85,14 +85,6 @@ TRY_AGAIN = text("""
 GIVE_UP = text("""
     UPDATE chunks SET state = 'failed', lease_token = NULL, finished_at = now(), error = :error
      WHERE id = :chunk AND lease_token = :token
-""")
-
-ENQUEUE_CHUNK = text("""
-    INSERT INTO outbox (chunk_id, queue, due_at)
-    SELECT c.id, s.queue, now() + make_interval(secs => :delay)
-      FROM chunks c JOIN stages s ON s.name = c.stage JOIN jobs j ON j.id = c.job_id
-     WHERE c.id = :chunk AND j.state = 'running'
-    ON CONFLICT (chunk_id) DO UPDATE SET due_at = excluded.due_at, published_at = NULL
 """)
 
 
@@ -212,7 +204,7 @@ def complete(tx: Connection, claim: Claim, result: Result) -> str:
         replace_failures(tx, work, result.failures)
     replace_artifacts(tx, work, result.artifacts, result.execution)
     if work.stage == MERGE:
-        note_rejections(tx, work.job_id, result.rejected)
+        note_unmerged(tx, work.job_id, result.unmerged)
     mark_published(tx, result.published, work.generation)
     count_commit(tx, claim, result)
     chunks_left = tx.execute(
@@ -267,14 +259,6 @@ def fail_job(tx: Connection, job_id: int, error: str) -> None:
         {"job": job_id, "error": error},
     )
     withdraw_messages(tx, job_id)
-
-
-def withdraw_messages(tx: Connection, job_id: int) -> None:
-    """Take an ended job's messages out of the outbox, where they would hold places that others need."""
-    tx.execute(
-        text("DELETE FROM outbox o USING chunks c WHERE c.id = o.chunk_id AND c.job_id = :job"),
-        {"job": job_id},
-    )
 
 
 def advance(tx: Connection, job_id: int) -> str:
@@ -347,16 +331,6 @@ def forget_chunks(tx: Connection, job_id: int, first: str) -> None:
         """),
         {"job": job_id, "stage": first},
     )
-
-
-def enqueue(tx: Connection, chunk_id: int, *, delay: float = 0.0) -> None:
-    """Make a chunk's message due in `delay` seconds, unless its job has ended; wakes the relay with the commit."""
-    tx.execute(ENQUEUE_CHUNK, {"chunk": chunk_id, "delay": delay})
-    wake_relay(tx)
-
-
-def wake_relay(tx: Connection) -> None:
-    tx.execute(text("SELECT pg_notify(:channel, '')"), {"channel": OUTBOX_CHANNEL})
 
 
 def lock_job(tx: Connection, job_id: int) -> Row[Any]:

@@ -146,7 +146,7 @@ class Result:
     Attributes:
         tokens, positions: tokens of the sequences, and those that the model took in, padding and repeats included.
         published: ids of the submissions that have a result now.
-        rejected: why a submission's nucleotides were not merged, by the submission's id.
+        unmerged: why a submission's nucleotides were not merged, by the submission's id.
     """
 
     artifacts: Sequence[NewArtifact]
@@ -159,7 +159,7 @@ class Result:
     seconds: float = 0.0
     execution: dict[str, Any] | None = None
     published: Sequence[int] = ()
-    rejected: Mapping[int, str] = field(default_factory=dict)
+    unmerged: Mapping[int, str] = field(default_factory=dict)
 
 
 def job_folder(job_id: int) -> str:

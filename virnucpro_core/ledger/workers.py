@@ -9,10 +9,11 @@ from typing import Any
 from sqlalchemy import Connection, Row, text
 
 from virnucpro_core.gpus import GpuUse
+from virnucpro_core.ledger.outbox import enqueue
 from virnucpro_core.ledger.setbacks import SetbackKind, note_setbacks
 from virnucpro_core.ledger.suspects import note_death
 from virnucpro_core.ledger.tallies import count_duplicate
-from virnucpro_core.ledger.transitions import enqueue, lock_job
+from virnucpro_core.ledger.transitions import lock_job
 from virnucpro_core.ledger.work import Claim
 
 

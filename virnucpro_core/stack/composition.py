@@ -9,7 +9,7 @@ from pathlib import Path
 import structlog
 
 from virnucpro_core.errors import SettingsError
-from virnucpro_core.gpus import visible_gpus
+from virnucpro_core.gpus import choose_gpus, visible_gpus
 from virnucpro_core.settings import PREFIX, DatabaseRole, Settings
 from virnucpro_core.stack.airflow import USER as AIRFLOW_USER
 from virnucpro_core.stack.airflow import Airflow
@@ -62,8 +62,10 @@ def compose(settings: Settings, folder: Path, *, gpus: str, fixed_ports: bool) -
     """Choose the parts of a stack and write their configuration below `folder`; starts nothing.
 
     Raises:
-        SettingsError: the settings name some servers but not all that belong together.
+        SettingsError: the settings name some servers but not all that belong together, or `gpus` is wrong.
+        ExecutionError: a GPU is not there.
     """
+    gpus = gpus_or_cpu(gpus)
     ports = {name: choose_port(port if fixed_ports else None) for name, port in PORTS.items()}
     secrets = Secrets(folder / "secrets")
     postgres = None
@@ -84,7 +86,6 @@ def compose(settings: Settings, folder: Path, *, gpus: str, fixed_ports: bool) -
     flower_url = f"http://{LOOPBACK}:{ports['flower']}"
     metrics_url = f"http://{LOOPBACK}:{ports['metrics']}/metrics"
 
-    gpus = choose_gpus(gpus)
     common = common_environment(settings, gpus)
     owner, dag, worker = (
         file_environment(secrets, **{f"{role}_database_url": ledger_urls[role]}) for role in ROLES
@@ -164,11 +165,18 @@ def provision(postgres: PostgresServer) -> None:
     postgres.create_database(AIRFLOW_DATABASE, owner=AIRFLOW_DATABASE)
 
 
-def choose_gpus(gpus: str) -> str:
-    """ "none" where all GPUs are asked for and none is visible."""
-    if gpus == "all" and not visible_gpus():
+def gpus_or_cpu(gpus: str) -> str:
+    """What `--gpus` of the workers is to be: "none" where all GPUs are asked for and none is visible.
+
+    Raises:
+        SettingsError: the workers would refuse it.
+        ExecutionError: it names a GPU that is not there.
+    """
+    visible = visible_gpus()
+    if gpus == "all" and not visible:
         log.warning("no NVIDIA GPU is visible: the CPU computes, in float32")
         return "none"
+    choose_gpus(gpus, visible)
     return gpus
 
 

@@ -57,7 +57,7 @@ def run_demo(fasta: Path, *, state_folder: Path = STATE_FOLDER, console: Console
 
     console = console or Console()
     if not fasta.is_file():
-        raise InputError("There is no such file", where=str(fasta), todo="Name a FASTA file.")
+        raise InputError("there is no such file", where=str(fasta), todo="Name a FASTA file.")
     checkpoint = write_demo_weights(load_settings().model_root / MODEL)
     console.print(
         Panel(
@@ -167,7 +167,7 @@ def follow(
                 seen, changed = now, time.monotonic()
             elif time.monotonic() - changed > standstill_seconds:
                 raise ServiceError(
-                    f"The DAG run has made no progress for {standstill_seconds:.0f} s",
+                    f"the DAG run has made no progress for {standstill_seconds:.0f} s",
                     where=run,
                     todo="Look at it in Airflow's pages.",
                 )

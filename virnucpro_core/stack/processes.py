@@ -36,7 +36,7 @@ def choose_port(preferred: int | None = None) -> int:
             except OSError:
                 continue
             return int(probe.getsockname()[1])
-    raise ServiceError("No free TCP port on the loopback interface", todo="Stop what holds them.")
+    raise ServiceError("no TCP port is free on the loopback interface", todo="Stop what holds them.")
 
 
 def write_private(path: Path, text: str) -> None:

@@ -66,7 +66,7 @@ class Stack:
         """
         if self.supervisor.is_running():
             raise ServiceError(
-                "A stack is running already", where=str(self.folder), todo="Stop it with `make down`."
+                "a stack is running already", where=str(self.folder), todo="Stop it with `make down`."
             )
         tell = on_step or (lambda step: log.info("starting", step=step))
         make_private_folder(self.folder)
@@ -93,6 +93,12 @@ class Stack:
         Raises:
             ServiceError: no stack is running.
         """
+        if not self.supervisor.is_running():
+            raise ServiceError(
+                "no stack runs from this folder",
+                where=str(self.folder),
+                todo="If one was started elsewhere, run `virnucpro down` in the folder that it was started in.",
+            )
         (self.folder / FILE).unlink(missing_ok=True)
         self.supervisor.shutdown()
 

@@ -93,7 +93,7 @@ class Supervisor:
         """
         if len(bytes(self.socket)) > LONGEST_SOCKET_NAME:
             raise SettingsError(
-                "The state folder's name is too long for a unix socket",
+                "the state folder's name is too long for a unix socket",
                 where=str(self.folder),
                 todo="Move the project, or name a state folder nearer to the root.",
             )

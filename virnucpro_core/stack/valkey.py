@@ -102,6 +102,6 @@ def find_binary() -> Path:
         if binary.is_file():
             return binary
     raise ServiceError(
-        "The embedded Valkey is not installed",
+        "the embedded Valkey is not installed",
         todo="Run `make setup`, or set VIRNUCPRO_BROKER_URL to a server of your own.",
     )

@@ -1,4 +1,4 @@
-"""Reports: what people and scripts are told of a job, gathered from the ledger."""
+"""A job's status: all that `virnucpro status JOB` and the page tell of it, read from the ledger."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from virnucpro_core.ledger.work import REPORT, SUFFIXES, file_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SubmissionReport:
+class SubmissionStatus:
     """One submission of a job.
 
     Attributes:
         too_many_failed: whether more of the job's records failed than it allows.
         folder: where its result is published, relative to the output root.
         published: whether that has been done in this generation.
-        page: the report for people in that folder; None if there is none.
+        page: the report in that folder; None if there is none.
         error: why its nucleotides were not merged.
     """
 
@@ -48,7 +48,7 @@ class SubmissionReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JobReport:
+class JobStatus:
     """What is known of a job.
 
     Attributes:
@@ -87,10 +87,10 @@ class JobReport:
     execution: dict[str, Any] | None
     created_at: datetime
     finished_at: datetime | None
-    submissions: tuple[SubmissionReport, ...]
+    submissions: tuple[SubmissionStatus, ...]
 
 
-def report_job(tx: Connection, job_id: int) -> JobReport:
+def read_status(tx: Connection, job_id: int) -> JobStatus:
     """All that is known of a job.
 
     Raises:
@@ -104,7 +104,7 @@ def report_job(tx: Connection, job_id: int) -> JobReport:
             return None
         return f"{submission.folder(job.input_sha256, job.recipe_sha256)}/{submission.stem}{SUFFIXES[REPORT]}"
 
-    return JobReport(
+    return JobStatus(
         job=job.id,
         stem=job.stem,
         state=job.state,
@@ -129,7 +129,7 @@ def report_job(tx: Connection, job_id: int) -> JobReport:
         created_at=job.created_at,
         finished_at=job.finished_at,
         submissions=tuple(
-            SubmissionReport(
+            SubmissionStatus(
                 path=submission.path,
                 stem=submission.stem,
                 label=submission.label,

@@ -1,4 +1,4 @@
-"""What a run tells about its files: a report for each, and the sum of them."""
+"""What became of a run's files: an outcome for each, and the sum of them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dags.waiting import SubmittedFile
 from virnucpro_core.errors import JobError
 from virnucpro_core.ledger.queries import artifacts_of, find_submission, get_job
 from virnucpro_core.ledger.transitions import MERGE
-from virnucpro_core.reports import report_job
+from virnucpro_core.status import read_status
 
 FAULTS_NAMED = 20  # in an error's text; the log has them all
-NO_REPORT = "it got no report: see its failed task"
+NOT_THROUGH = "it did not get through its stages: see its failed task"
 
 log = structlog.get_logger()
 
 
-class FileReport(TypedDict):
+class FileOutcome(TypedDict):
     """What became of a file.
 
     Attributes:
@@ -34,11 +34,11 @@ class FileReport(TypedDict):
     job: dict[str, Any]
 
 
-def report_file(tx: Connection, file: SubmittedFile, allowed_share: float) -> FileReport:
-    """Report on a file whose stages are over."""
+def read_outcome(tx: Connection, file: SubmittedFile, allowed_share: float) -> FileOutcome:
+    """What became of a file whose stages are over."""
     if file["job"] is None:
         return {"path": file["path"], "fault": file["refused"], "job": {}}
-    job = report_job(tx, file["job"])
+    job = read_status(tx, file["job"])
     submission = find_submission(tx, job.job, file["path"])
     facts = {
         "id": job.job,
@@ -70,43 +70,43 @@ def report_file(tx: Connection, file: SubmittedFile, allowed_share: float) -> Fi
     return {"path": file["path"], "fault": fault, "job": facts}
 
 
-def explain_file(tx: Connection, file: SubmittedFile, allowed_share: float) -> FileReport:
-    """Report on a file whose own tasks did not, because one of them failed."""
+def explain_outcome(tx: Connection, file: SubmittedFile, allowed_share: float) -> FileOutcome:
+    """What became of a file whose own tasks do not tell, because one of them failed."""
     try:
-        report = report_file(tx, file, allowed_share)
+        outcome = read_outcome(tx, file, allowed_share)
     except JobError as error:
         return {"path": file["path"], "fault": str(error), "job": {}}
-    state = report["job"].get("state")
-    return report if report["fault"] else report | {"fault": f"{NO_REPORT}; its job {state}"}
+    state = outcome["job"].get("state")
+    return outcome if outcome["fault"] else outcome | {"fault": f"{NOT_THROUGH}; its job {state}"}
 
 
-def log_report(report: FileReport) -> None:
+def log_outcome(outcome: FileOutcome) -> None:
     """Say in the task's log what became of a file."""
-    facts = {"job" if name == "id" else name: value for name, value in report["job"].items()}
-    if report["fault"]:
-        log.error("the result is not accepted", file=report["path"], fault=report["fault"], **facts)
+    facts = {"job" if name == "id" else name: value for name, value in outcome["job"].items()}
+    if outcome["fault"]:
+        log.error("the result is not accepted", file=outcome["path"], fault=outcome["fault"], **facts)
     else:
-        log.info("the result is accepted", file=report["path"], **facts)
-    if report["job"].get("demonstration"):
+        log.info("the result is accepted", file=outcome["path"], **facts)
+    if outcome["job"].get("demonstration"):
         log.warning(
             "the weights are RANDOM: these embeddings mean nothing", job=facts["job"], model=facts["model"]
         )
 
 
-def sum_up(asked: Sequence[str], reports: Iterable[FileReport]) -> None:
+def sum_up(asked: Sequence[str], outcomes: Iterable[FileOutcome]) -> None:
     """Say what became of a whole run.
 
     Args:
         asked: the files that the run set out with.
-        reports: those of the files that got as far as a report.
+        outcomes: those of the files of which anything is known.
 
     Raises:
         JobError: if a file has no accepted result; names the files.
     """
-    told = {report["path"]: report for report in reports}
-    faults = {path: report["fault"] for path, report in told.items() if report["fault"]}
-    faults |= {path: NO_REPORT for path in asked if path not in told}
-    accepted = [report["job"] for path, report in told.items() if path not in faults]
+    told = {outcome["path"]: outcome for outcome in outcomes}
+    faults = {path: outcome["fault"] for path, outcome in told.items() if outcome["fault"]}
+    faults |= {path: NOT_THROUGH for path in asked if path not in told}
+    accepted = [outcome["job"] for path, outcome in told.items() if path not in faults]
     log.info(
         "%s of %s files are accepted: %s of %s records embedded",
         len(accepted),
