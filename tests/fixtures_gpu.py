@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def limit_memory() -> Iterator[Callable[[int], None]]:
 
     def limit(more: int) -> None:
         torch.cuda.synchronize()
+        gc.collect()  # an EsmModel refers to itself: what it holds would be room later
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(CUDA).total_memory
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + more) / total)

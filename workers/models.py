@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,11 +34,11 @@ class ModelKeeper:
         from virnucpro_core.embedding.loading import load_fast_esm
 
         if self.model is None or not fits(self.model, work):
-            self.model = None  # its memory first
+            self.forget()
             self.model = load_fast_esm(self.model_root / work.model_path, dtype=work.recipe.dtype)
             log.info("model_loaded", model=work.model, execution=str(self.model.execution()))
         if not fits(self.model, work):
-            self.model = None
+            self.forget()
             raise WeightsError(
                 f"the model {work.model!r} is not the one that was registered",
                 where=work.model_path,
@@ -46,8 +47,12 @@ class ModelKeeper:
         return self.model
 
     def forget(self) -> None:
-        """Gives the model's memory back; the next chunk loads it again."""
+        """Gives the model's memory back, to whoever needs it; the next chunk loads a model again."""
+        import torch
+
         self.model = None
+        gc.collect()  # torch leaves the frames of a first load in a circle
+        torch.cuda.empty_cache()  # does nothing where CUDA is not in use
 
 
 def fits(model: FastEsm, work: Work) -> bool:

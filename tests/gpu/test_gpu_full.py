@@ -61,9 +61,8 @@ def leave_memory() -> Iterator[Callable[[int], None]]:
 def test_a_model_that_exceeds_the_cap_is_refused_and_leaves_nothing(
     demo_checkpoint: Path, limit_memory: Callable[[int], None]
 ) -> None:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
     limit_memory(20 * MIB)
+    before = torch.cuda.memory_allocated()
     with pytest.raises(ExecutionError, match=r"no memory for the model: .* \[cuda"):
         load_fast_esm(demo_checkpoint, device="cuda")
     assert torch.cuda.memory_allocated() == before
