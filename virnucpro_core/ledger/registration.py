@@ -197,9 +197,9 @@ def enter_submission(tx: Connection, job_id: int, submission: Submission) -> boo
         """),
         row,
     ).one_or_none()
-    # Nucleotides that were rejected may have been away, or not readable, when they were to be merged.
-    is_rejected = known is not None and submission.nucleotide_path and known.error is not None
-    if known is not None and known.nucleotide_sha256 == submission.nucleotide_sha256 and not is_rejected:
+    # Nucleotides that were not merged may have been away, or not readable, when they were to be merged.
+    is_unmerged = known is not None and submission.nucleotide_path and known.error is not None
+    if known is not None and known.nucleotide_sha256 == submission.nucleotide_sha256 and not is_unmerged:
         tx.execute(
             text("""
                 UPDATE submissions SET requested_by = :requested_by, max_failed_share = :share, submitted_at = now()
