@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,4 +187,28 @@ def test_programs_end_when_supervisord_is_killed(supervisor: Supervisor) -> None
     supervisord = sleeper.parent()
     assert supervisord is not None
     supervisord.kill()
+    eventually(lambda: not is_alive(sleeper))
+
+
+SLOW_SETPRIV = """\
+#!/bin/sh
+while ! test -e {go}; do sleep 0.01; done
+exec {setpriv} "$@"
+"""
+
+
+def test_a_program_whose_supervisord_was_killed_before_it_was_tied_ends_too(
+    supervisor: Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setpriv, go = tmp_path / "bin" / "setpriv", tmp_path / "go"
+    setpriv.parent.mkdir()
+    setpriv.write_text(SLOW_SETPRIV.format(go=go, setpriv=shutil.which("setpriv")))
+    setpriv.chmod(0o755)
+    monkeypatch.setenv("PATH", str(setpriv.parent), prepend=os.pathsep)
+    sleeper = kill_starter(supervisor.folder, "detached")
+    supervisord = sleeper.parent()
+    assert supervisord is not None
+    supervisord.kill()
+    psutil.wait_procs([supervisord], timeout=20)
+    go.touch()
     eventually(lambda: not is_alive(sleeper))

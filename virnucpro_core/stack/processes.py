@@ -19,6 +19,13 @@ from virnucpro_core.errors import ServiceError
 LOOPBACK = "127.0.0.1"
 SECRET_BYTES = 48  # 64 characters, what the signatures of Airflow's tokens want
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+SUPERVISORD_PID = "SUPERVISORD_PID"  # of the environment that supervisord hands on
+# A parent that died before the tie was made gives no signal: whoever has another parent by then is an orphan.
+# No blank before a semicolon: supervisord's configuration would take the rest for a comment.
+RUN_UNLESS_ORPHANED = (
+    f'test "$PPID" = "$1" || test "$PPID" = "${SUPERVISORD_PID}" || '
+    '{ echo "not started: its parent has died" >&2; exit 1; }; shift; exec "$@"'
+)
 STOP_SECONDS = 30.0  # after the stop signal, before SIGKILL
 POLL_SECONDS = 0.2
 
@@ -77,8 +84,12 @@ class Secrets:
 
 
 def tied_to_parent(argv: Sequence[str], stop_signal: signal.Signals = signal.SIGTERM) -> list[str]:
-    """A command line whose process gets `stop_signal` when its parent dies, even by SIGKILL."""
-    return ["setpriv", "--pdeathsig", stop_signal.name.removeprefix("SIG"), *argv]
+    """A command line whose process gets `stop_signal` when its parent dies, even by SIGKILL.
+
+    Its parent is this process, or the supervisord that is told to run it.
+    """
+    tie = ["setpriv", "--pdeathsig", stop_signal.name.removeprefix("SIG")]
+    return [*tie, "sh", "-c", RUN_UNLESS_ORPHANED, "tied", str(os.getpid()), *argv]
 
 
 def die_with_parent() -> None:

@@ -27,6 +27,7 @@ from virnucpro_core.settings import PREFIX
 from virnucpro_core.stack.description import SOCKET
 from virnucpro_core.stack.processes import (
     POLL_SECONDS,
+    SUPERVISORD_PID,
     read_tail,
     tied_to_parent,
     wait_until,
@@ -101,7 +102,8 @@ class Supervisor:
         self.settle_seconds = {program.name: program.settle_seconds for program in programs}
         self.log_of("supervisord").parent.mkdir(exist_ok=True)
         write_private(self.configuration, self._describe(programs, working_folder))
-        argv = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self.configuration)]
+        command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self.configuration)]
+        argv = ["sh", "-c", f'export {SUPERVISORD_PID}=$$; exec "$@"', "supervisord", *command]
         with self.log_of("supervisord").open("ab") as output:
             self.process = process = subprocess.Popen(
                 argv if detached else tied_to_parent(argv),
