@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from virnucpro_core.settings import Settings
 from virnucpro_core.stack.composition import Composition, compose
 from virnucpro_core.stack.demo import read_also
 from virnucpro_core.stack.description import SOCKET, Description, read_description, use_running_stack
+from virnucpro_core.stack.processes import choose_port
 
 pytestmark = pytest.mark.unit
 
@@ -210,3 +213,19 @@ def test_what_a_killed_stack_left_behind_does_not_count(tmp_path: Path, describe
     environment: dict[str, str] = {}
     assert not use_running_stack(environment, tmp_path)
     assert environment == {}
+
+
+CHOOSE_PORTS = """
+from virnucpro_core.stack.processes import choose_port
+print(*(choose_port() for _ in range(500)))
+"""
+
+
+def test_a_chosen_port_is_nobody_elses_before_a_server_listens_on_it() -> None:
+    # Some in another process: it is the kernel that keeps them, and what it has chosen is free when it ends.
+    chosen = [choose_port() for _ in range(5)]
+    told = subprocess.run([sys.executable, "-c", CHOOSE_PORTS], capture_output=True, text=True, check=True)
+    chosen += map(int, told.stdout.split())
+    assert len(set(chosen)) == 505
+    with socket.create_server(("127.0.0.1", chosen[0])):
+        assert choose_port(chosen[0]) != chosen[0]

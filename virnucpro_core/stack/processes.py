@@ -31,7 +31,10 @@ POLL_SECONDS = 0.2
 
 
 def choose_port(preferred: int | None = None) -> int:
-    """A loopback TCP port nobody listens on: `preferred` where it is free, else any."""
+    """A loopback TCP port nobody listens on: `preferred` where it is free, else any.
+
+    As long as this process lives, nobody else who asks for any port gets this one: a server takes its time to listen.
+    """
     for port in (preferred, 0):
         if port is None:
             continue
@@ -42,7 +45,11 @@ def choose_port(preferred: int | None = None) -> int:
                 probe.bind((LOOPBACK, port))
             except OSError:
                 continue
-            return int(probe.getsockname()[1])
+            chosen = int(probe.getsockname()[1])
+            # Bound and never closed, it keeps the kernel from giving the port to whoever asks for any; as it does not
+            # listen, it keeps nobody from listening who names the port.
+            probe.detach()
+            return chosen
     raise ServiceError("no TCP port is free on the loopback interface", todo="Stop what holds them.")
 
 
