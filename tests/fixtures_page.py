@@ -29,7 +29,7 @@ from uvicorn import Config, Server
 from dags.connections import share_ledger
 from dags.page.plugin import VirnucproPlugin
 from tests import ledger_jobs as jobs
-from tests.page_jobs import enter_job, release, run_job
+from tests.page_jobs import enter_job, run_job
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.stack.processes import choose_port
 
@@ -152,4 +152,7 @@ def slow_file(ledger: Engine, page_model: None, settings_environment: Callable[.
     os.mkfifo(path)
     yield path
     if path.exists():
-        release(path)
+        # In this order: whoever waits for a writer has one, who comes later finds nothing, and all come to the end.
+        held = os.open(path, os.O_RDWR)
+        path.unlink()
+        os.close(held)

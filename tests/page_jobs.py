@@ -43,5 +43,5 @@ def state_of(ledger: Engine, job: int) -> str:
 
 
 def release(path: Path) -> None:
-    """Let whoever reads a pipe come to its end."""
-    os.close(os.open(path, os.O_RDWR))
+    """Let whoever reads a pipe come to its end; waits for a reader."""
+    os.close(os.open(path, os.O_WRONLY))

@@ -197,10 +197,14 @@ def as_nobody() -> Iterator[None]:
 @pytest.fixture
 def open_inbox() -> Iterator[Path]:
     """An inbox that `as_nobody` gets to, which pytest's own folders are too private for."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        (Path(folder) / "inbox").mkdir(mode=0o755)
-        yield Path(folder) / "inbox"
+    before = os.umask(0o022)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder).chmod(0o755)
+            (Path(folder) / "inbox").mkdir()
+            yield Path(folder) / "inbox"
+    finally:
+        os.umask(before)
 
 
 def test_what_cannot_be_read_is_refused_by_its_name_and_the_others_go_on(

@@ -208,7 +208,7 @@ def test_progress_is_shown_only_on_a_terminal(proteins: Path, demo_checkpoint: P
             [sys.executable, "-c", RUN_MAIN, *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=follower,
-            env=os.environ | {"TERM": "xterm"},
+            env=os.environ | {"TERM": "xterm", "COLUMNS": "80"},
             check=True,
             timeout=120,
         )

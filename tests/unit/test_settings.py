@@ -66,7 +66,7 @@ def test_a_user_without_a_home_folder(tmp_path: Path, monkeypatch: pytest.Monkey
         raise KeyError
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", know_nobody)
     assert Settings().input_roots == (tmp_path,)
 
