@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from virnucpro_core.settings import Settings
 from virnucpro_core.stack.composition import Composition, compose
 from virnucpro_core.stack.demo import read_also
 from virnucpro_core.stack.description import SOCKET, Description, read_description, use_running_stack
-from virnucpro_core.stack.processes import choose_port
+from virnucpro_core.stack.processes import choose_port, write_private
 
 pytestmark = pytest.mark.unit
 
@@ -166,6 +167,28 @@ def test_commands_find_the_running_stack(tmp_path: Path, running: Description) -
     assert environment == running.environment
 
 
+def test_who_reads_a_private_file_while_it_is_written_finds_it_whole(tmp_path: Path) -> None:
+    """Commands read where the stack is while it starts."""
+    path = tmp_path / "file"
+    write_private(path, "whole")
+    done = threading.Event()
+
+    def write() -> None:
+        while not done.is_set():
+            write_private(path, "whole")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        found = {path.read_text() if path.exists() else "" for _ in range(2000)}
+    finally:
+        done.set()
+        writer.join()
+    assert found == {"whole"}
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_setting_made_by_hand_stands(tmp_path: Path, running: Description) -> None:
     environment = {"VIRNUCPRO_BROKER_URL": BROKER, "VIRNUCPRO_INBOX": "/mine"}
     assert use_running_stack(environment, tmp_path)
@@ -216,7 +239,7 @@ def test_what_a_killed_stack_left_behind_does_not_count(tmp_path: Path, describe
 
 
 CHOOSE_PORTS = """
-from virnucpro_core.stack.processes import choose_port
+from virnucpro_core.stack.processes import choose_port, write_private
 print(*(choose_port() for _ in range(500)))
 """
 

@@ -54,10 +54,15 @@ def choose_port(preferred: int | None = None) -> int:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner may read, whatever the umask and whatever lay there before."""
-    path.unlink(missing_ok=True)
-    path.touch(mode=0o600, exist_ok=False)
-    path.write_text(text)
+    """Write a file that only its owner may read, whatever the umask and whatever lay there before.
+
+    Whoever reads it meanwhile finds the old content or the new.
+    """
+    written = path.with_name(f"{path.name}.{os.getpid()}")
+    written.unlink(missing_ok=True)
+    written.touch(mode=0o600, exist_ok=False)
+    written.write_text(text)
+    written.replace(path)
 
 
 def make_private_folder(path: Path) -> Path:
