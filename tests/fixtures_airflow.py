@@ -114,7 +114,8 @@ class House:
         """What each program's log, and each task's, says of a job, by the file's path below the stack's folder."""
         found: dict[str, list[dict[str, Any]]] = {}
         for path in sorted(self.supervisor.folder.rglob("*.log")):
-            for line in path.read_text(errors="replace").splitlines():
+            # What follows the last line feed is being written.
+            for line in path.read_text(errors="replace").split("\n")[:-1]:
                 # Other programs write text, and numbers that are no objects.
                 if line.startswith("{") and json.loads(line).get("job") == job:
                     found.setdefault(str(path.relative_to(self.supervisor.folder)), []).append(
@@ -169,6 +170,7 @@ class House:
     def relay_at_rest(self) -> Iterator[None]:
         """Nothing is published meanwhile, so that a job stays where it is."""
         relay = self.supervisor.pid("relay")
+        assert relay, "it does not run: 0 would stop this process's own group"
         os.kill(relay, signal.SIGSTOP)
         try:
             yield

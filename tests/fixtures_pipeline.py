@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 MODEL = "tiny"
 POLL_SECONDS = 0.05
+SECONDS = 240.0  # that anything may take on two busy cores
 ENDED = ("succeeded", "failed", "cancelled")
 
 
@@ -62,7 +63,8 @@ class Pipeline:
     def start_relay(self, ready: str = "relay_serves") -> ServerProcess:
         """A relay that publishes, or that has logged another event."""
         relay = self._process("relay", "workers.relay")
-        relay.start(lambda: ready in read_tail(relay.log), seconds=60)
+        # In its tail alone the line would soon be followed by too many others.
+        relay.start(lambda: ready in relay.log.read_text(errors="replace"), seconds=SECONDS)
         return relay
 
     def start_workers(self, queues: str = "extract,finish", *options: str) -> ServerProcess:
@@ -72,7 +74,7 @@ class Pipeline:
         launcher = self._process(
             "workers", "workers.launcher", "--gpus", "none", "--queues", queues, *options
         )
-        launcher.start(lambda: len(self.live_nodes() - before) == nodes, seconds=60)
+        launcher.start(lambda: len(self.live_nodes() - before) == nodes, seconds=SECONDS)
         return launcher
 
     def start_node(self, module: str, queue: str) -> ServerProcess:
@@ -93,7 +95,7 @@ class Pipeline:
             "1",
         ]
         node = self._process("node", "celery", *command, "-l", "INFO")
-        node.start(lambda: bool(self.live_nodes() - before), seconds=60)
+        node.start(lambda: bool(self.live_nodes() - before), seconds=SECONDS)
         return node
 
     def live_nodes(self) -> set[str]:
@@ -108,12 +110,12 @@ class Pipeline:
         self,
         job_id: int,
         condition: Callable[[Row[Any]], bool] = lambda job: job.state in ENDED,
-        seconds: float = 60,
+        seconds: float = SECONDS,
     ) -> Row[Any]:
         """The job once it fulfils a condition; by default, once it has ended."""
         return self.wait_until(lambda: next(filter(condition, [self.job(job_id)]), None), seconds)
 
-    def wait_until(self, look: Callable[[], T | None], seconds: float = 60) -> T:
+    def wait_until(self, look: Callable[[], T | None], seconds: float = SECONDS) -> T:
         """What `look` returns once it is something; fails with the ends of all logs."""
         deadline = time.monotonic() + seconds
         while not (seen := look()):

@@ -48,7 +48,7 @@ def test_one_job_is_followed_by_its_id(pipeline: Pipeline, small_fasta: Path) ->
     pipeline.configure(max_attempts=1, republish_seconds=300)
     job, second, lost = (pipeline.submit(path).job_id for path in (small_fasta, other, missing))
     missing.unlink()
-    pipeline.start_relay()
+    relay = pipeline.start_relay()
     workers = pipeline.start_workers()
     assert [pipeline.wait_for(one).state for one in (job, second, lost)] == [
         "succeeded",
@@ -56,6 +56,7 @@ def test_one_job_is_followed_by_its_id(pipeline: Pipeline, small_fasta: Path) ->
         "failed",
     ]
     workers.stop()
+    relay.stop()  # it may be in the midst of a line
 
     sent = [line for line in read_lines(pipeline, "relay") if line.get("job") == job]
     told = read_lines(pipeline, "workers")
@@ -108,6 +109,9 @@ def test_what_goes_wrong_in_a_worker_is_told_with_its_ids(
         monkeypatch.setattr("workers.reading.next_published", break_down)
         process.run("extract", first)
         assert pipeline.wait_until(lambda: find("look_ahead_failed"))["worker"] == worker
+        reading = process.look_ahead.reading
+        assert reading is not None
+        reading.result(60)  # the line is written before the thread is at its end, and free for the next
         monkeypatch.setattr("workers.reading.next_published", lose_ledger)
         process.run("extract", second)
         assert pipeline.wait_until(lambda: find("look_ahead_stopped"))["worker"] == worker

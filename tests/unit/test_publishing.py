@@ -101,21 +101,22 @@ def test_a_reader_never_finds_it_missing_or_half_written(tmp_path: Path) -> None
         sources[-1].write_bytes(content)
     target = tmp_path / "out" / "x"
     publish(sources[0], target)
-    seen = []
-    done = threading.Event()
+    seen = set()
+    reading, done = threading.Event(), threading.Event()
 
     def read() -> None:
         while not done.is_set():
-            seen.append(target.read_bytes() if target.exists() else b"")
+            seen.add(target.read_bytes() if target.exists() else b"")
+            reading.set()
 
     reader = threading.Thread(target=read)
     reader.start()
+    assert reading.wait(60)
     for k in range(300):
         publish(sources[k % 2], target)
     done.set()
     reader.join()
-    assert seen
-    assert set(seen) <= contents
+    assert seen <= contents
 
 
 def test_a_missing_artifact_leaves_the_published_file(tmp_path: Path) -> None:
