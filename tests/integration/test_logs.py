@@ -44,8 +44,8 @@ def test_one_job_is_followed_by_its_id(pipeline: Pipeline, small_fasta: Path) ->
     other.write_text(">a\nMKVLAG\n")
     missing = small_fasta.with_name("missing.fasta")
     missing.write_text(">m\nMKVLAGI\n")
-    # A message in the hands of a process that loads its model would be sent again, and declined.
-    pipeline.configure(max_attempts=1, republish_seconds=300)
+    # A process that loads its model may be silent for long: its message would be sent again, and declined.
+    pipeline.configure(max_attempts=1, republish_seconds=300, lease_seconds=60)
     job, second, lost = (pipeline.submit(path).job_id for path in (small_fasta, other, missing))
     missing.unlink()
     relay = pipeline.start_relay()
