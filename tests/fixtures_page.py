@@ -29,7 +29,7 @@ from uvicorn import Config, Server
 from dags.connections import share_ledger
 from dags.page.plugin import VirnucproPlugin
 from tests import ledger_jobs as jobs
-from tests.page_jobs import enter_job, release, run_job
+from tests.page_jobs import enter_job, run_job
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.stack.processes import choose_port
 
@@ -152,4 +152,6 @@ def slow_file(ledger: Engine, page_model: None, settings_environment: Callable[.
     os.mkfifo(path)
     yield path
     if path.exists():
-        release(path)
+        held = os.open(path, os.O_RDWR)
+        path.unlink()  # the next one to read it would wait, too
+        os.close(held)

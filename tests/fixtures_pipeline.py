@@ -10,6 +10,8 @@ def test_something(pipeline):
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +37,7 @@ T = TypeVar("T")
 
 MODEL = "tiny"
 POLL_SECONDS = 0.05
+SECONDS = 180.0  # that anything may take on a machine that is busy with other tests
 ENDED = ("succeeded", "failed", "cancelled")
 
 
@@ -62,7 +65,7 @@ class Pipeline:
     def start_relay(self, ready: str = "relay_serves") -> ServerProcess:
         """A relay that publishes, or that has logged another event."""
         relay = self._process("relay", "workers.relay")
-        relay.start(lambda: ready in read_tail(relay.log), seconds=60)
+        relay.start(lambda: ready in relay.log.read_text(), SECONDS)
         return relay
 
     def start_workers(self, queues: str = "extract,finish", *options: str) -> ServerProcess:
@@ -72,7 +75,7 @@ class Pipeline:
         launcher = self._process(
             "workers", "workers.launcher", "--gpus", "none", "--queues", queues, *options
         )
-        launcher.start(lambda: len(self.live_nodes() - before) == nodes, seconds=60)
+        launcher.start(lambda: len(self.live_nodes() - before) == nodes, SECONDS)
         return launcher
 
     def start_node(self, module: str, queue: str) -> ServerProcess:
@@ -93,7 +96,7 @@ class Pipeline:
             "1",
         ]
         node = self._process("node", "celery", *command, "-l", "INFO")
-        node.start(lambda: bool(self.live_nodes() - before), seconds=60)
+        node.start(lambda: bool(self.live_nodes() - before), SECONDS)
         return node
 
     def live_nodes(self) -> set[str]:
@@ -108,12 +111,12 @@ class Pipeline:
         self,
         job_id: int,
         condition: Callable[[Row[Any]], bool] = lambda job: job.state in ENDED,
-        seconds: float = 60,
+        seconds: float = SECONDS,
     ) -> Row[Any]:
         """The job once it fulfils a condition; by default, once it has ended."""
         return self.wait_until(lambda: next(filter(condition, [self.job(job_id)]), None), seconds)
 
-    def wait_until(self, look: Callable[[], T | None], seconds: float = 60) -> T:
+    def wait_until(self, look: Callable[[], T | None], seconds: float = SECONDS) -> T:
         """What `look` returns once it is something; fails with the ends of all logs."""
         deadline = time.monotonic() + seconds
         while not (seen := look()):
@@ -128,6 +131,24 @@ class Pipeline:
                 pytest.fail(f"not within {seconds} s; jobs: {jobs}\n{logs}")
             time.sleep(POLL_SECONDS)
         return seen
+
+    def stop_in_mid_chunk(self, worker: int) -> tuple[int, int]:
+        """Stop a worker's process (SIGSTOP) while it holds a chunk; its id, and the chunk's.
+
+        It is not committing the chunk either: until the process goes on or its lease ends, the chunk stays its own.
+        """
+        held = """SELECT w.pid, c.id FROM chunks c JOIN workers w ON w.id = c.worker_id
+                   WHERE w.id = :worker AND c.state = 'running' ORDER BY c.id DESC LIMIT 1"""
+
+        def stop() -> tuple[int, int] | None:
+            for pid, _ in self.rows(held, worker=worker):
+                os.kill(pid, signal.SIGSTOP)
+                for _, chunk in self.rows(f"{held} FOR UPDATE OF c SKIP LOCKED", worker=worker):
+                    return pid, chunk
+                os.kill(pid, signal.SIGCONT)
+            return None
+
+        return self.wait_until(stop)
 
     def job(self, job_id: int) -> Row[Any]:
         return in_transaction(self.ledger, get_job, job_id)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from virnucpro_core.features.files import hash_file
 from virnucpro_core.ledger import queries
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.settings import load_settings
+
+SECONDS = 60.0  # until somebody reads a pipe
 
 
 def enter_job(ledger: Engine, content: str = "a", path: str = "/in/reads.fasta") -> int:
@@ -43,5 +47,14 @@ def state_of(ledger: Engine, job: int) -> str:
 
 
 def release(path: Path) -> None:
-    """Let whoever reads a pipe come to its end."""
-    os.close(os.open(path, os.O_RDWR))
+    """Let whoever reads a pipe, or is about to, come to its end."""
+    deadline = time.monotonic() + SECONDS
+    while True:
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError as error:
+            if error.errno != errno.ENXIO or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)  # nobody reads it yet
+        else:
+            return

@@ -45,11 +45,7 @@ def test_chunk_of_a_killed_host_runs_again_within_30_seconds(
     pipeline.start_workers("extract")
     assert doomed.process is not None
     pipeline.submit(long_fasta)
-    held = pipeline.wait_until(
-        lambda: pipeline.rows(
-            "SELECT id FROM chunks WHERE state = 'running' AND worker_id = :id", id=doomed_worker.id
-        )
-    )
+    _, held = pipeline.stop_in_mid_chunk(doomed_worker.id)
     launcher = psutil.Process(doomed.process.pid)
     for process in [launcher, *launcher.children(recursive=True)]:
         kill(process)
@@ -58,7 +54,7 @@ def test_chunk_of_a_killed_host_runs_again_within_30_seconds(
         lambda: pipeline.rows(
             "SELECT claimed_at, (SELECT count(*) FROM chunks WHERE attempts = 0) AS waiting"
             " FROM chunks WHERE id = :id AND worker_id <> :worker",
-            id=held[0].id,
+            id=held,
             worker=doomed_worker.id,
         )
     )
