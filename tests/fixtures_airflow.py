@@ -114,7 +114,8 @@ class House:
         """What each program's log, and each task's, says of a job, by the file's path below the stack's folder."""
         found: dict[str, list[dict[str, Any]]] = {}
         for path in sorted(self.supervisor.folder.rglob("*.log")):
-            for line in path.read_text(errors="replace").splitlines():
+            # What follows the last end of a line is still being written.
+            for line in path.read_text(errors="replace").rpartition("\n")[0].splitlines():
                 # Other programs write text, and numbers that are no objects.
                 if line.startswith("{") and json.loads(line).get("job") == job:
                     found.setdefault(str(path.relative_to(self.supervisor.folder)), []).append(
@@ -192,6 +193,7 @@ def house(stack: RunningStack) -> Iterator[House]:
     try:
         in_transaction(ledger, register_checkpoint, demo.MODEL, checkpoint, stack.settings.model_root)
         with stack.log_in() as airflow:
+            airflow.timeout = SECONDS
             demo.wait_for_dag(airflow)
             yield House(stack, ledger, airflow)
     finally:

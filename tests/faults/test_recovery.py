@@ -14,7 +14,7 @@ from virnucpro_core.stack.supervisor import kill
 if TYPE_CHECKING:
     from tests.fixtures_pipeline import Pipeline
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 pytest_plugins = ["tests.fixtures_pipeline"]
 
 SECONDS = 30.0

@@ -15,7 +15,7 @@ from tests.faults.traps import ACTIONS, TRANSACTION_FAULTS
 from virnucpro_core.features.exports import read_pt, write_pt
 from virnucpro_core.ledger.suspects import DEATHS_TO_CONDEMN
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 SEEDS = range(3)
 POISON = ["p100", "p101"]

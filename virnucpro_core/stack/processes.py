@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,6 +18,7 @@ from typing import Self
 from virnucpro_core.errors import ServiceError
 
 LOOPBACK = "127.0.0.1"
+PORTS_TRIED = 100
 SECRET_BYTES = 48  # 64 characters, what the signatures of Airflow's tokens want
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 SUPERVISORD_PID = "SUPERVISORD_PID"  # of the environment that supervisord hands on
@@ -30,9 +32,13 @@ STOP_SECONDS = 30.0  # after the stop signal, before SIGKILL
 POLL_SECONDS = 0.2
 
 
+chosen_ports: set[int] = set()
+"""A port is free until its server listens: the next one must not get it, too."""
+
+
 def choose_port(preferred: int | None = None) -> int:
-    """A loopback TCP port nobody listens on: `preferred` where it is free, else any."""
-    for port in (preferred, 0):
+    """A loopback TCP port nobody listens on: `preferred` where it is free, else any that was not chosen before."""
+    for port in (preferred, *repeat(0, PORTS_TRIED)):
         if port is None:
             continue
         with socket.socket() as probe:
@@ -42,7 +48,10 @@ def choose_port(preferred: int | None = None) -> int:
                 probe.bind((LOOPBACK, port))
             except OSError:
                 continue
-            return int(probe.getsockname()[1])
+            found = int(probe.getsockname()[1])
+        if found == port or found not in chosen_ports:
+            chosen_ports.add(found)
+            return found
     raise ServiceError("no TCP port is free on the loopback interface", todo="Stop what holds them.")
 
 
@@ -147,7 +156,7 @@ class ServerProcess:
         self.environment = environment
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, ready: Callable[[], bool], seconds: float = 30.0) -> None:
+    def start(self, ready: Callable[[], bool], seconds: float = 60.0) -> None:
         """Start it and return when it answers; a server that does not is stopped again.
 
         Raises:
