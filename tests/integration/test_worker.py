@@ -289,6 +289,7 @@ def test_child_that_met_an_unknown_error_is_replaced(
     pipeline: Pipeline, long_fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BROKEN_ONCE", str(tmp_path / "broken"))
+    pipeline.configure(lease_seconds=60)  # whoever imports torch on a busy machine gives no sign for seconds
     pipeline.start_relay()
     pipeline.start_workers("finish")
     pipeline.start_node("tests.breaking_worker", "extract")
