@@ -10,6 +10,8 @@ def test_something(pipeline):
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -63,8 +65,7 @@ class Pipeline:
     def start_relay(self, ready: str = "relay_serves") -> ServerProcess:
         """A relay that publishes, or that has logged another event."""
         relay = self._process("relay", "workers.relay")
-        # In its tail alone the line would soon be followed by too many others.
-        relay.start(lambda: ready in relay.log.read_text(errors="replace"), seconds=SECONDS)
+        relay.start(lambda: ready in relay.log.read_text(errors="replace"), SECONDS)
         return relay
 
     def start_workers(self, queues: str = "extract,finish", *options: str) -> ServerProcess:
@@ -74,7 +75,7 @@ class Pipeline:
         launcher = self._process(
             "workers", "workers.launcher", "--gpus", "none", "--queues", queues, *options
         )
-        launcher.start(lambda: len(self.live_nodes() - before) == nodes, seconds=SECONDS)
+        launcher.start(lambda: len(self.live_nodes() - before) == nodes, SECONDS)
         return launcher
 
     def start_node(self, module: str, queue: str) -> ServerProcess:
@@ -95,7 +96,7 @@ class Pipeline:
             "1",
         ]
         node = self._process("node", "celery", *command, "-l", "INFO")
-        node.start(lambda: bool(self.live_nodes() - before), seconds=SECONDS)
+        node.start(lambda: bool(self.live_nodes() - before), SECONDS)
         return node
 
     def live_nodes(self) -> set[str]:
@@ -130,6 +131,24 @@ class Pipeline:
                 pytest.fail(f"not within {seconds} s; jobs: {jobs}\n{logs}")
             time.sleep(POLL_SECONDS)
         return seen
+
+    def stop_in_mid_chunk(self, worker: int) -> tuple[int, int]:
+        """Stop a worker's process (SIGSTOP) while it holds a chunk; its id, and the chunk's.
+
+        It is not committing the chunk either: until the process goes on or its lease ends, the chunk stays its own.
+        """
+        held = """SELECT w.pid, c.id FROM chunks c JOIN workers w ON w.id = c.worker_id
+                   WHERE w.id = :worker AND c.state = 'running' ORDER BY c.id DESC LIMIT 1"""
+
+        def stop() -> tuple[int, int] | None:
+            for pid, _ in self.rows(held, worker=worker):
+                os.kill(pid, signal.SIGSTOP)
+                for _, chunk in self.rows(f"{held} FOR UPDATE OF c SKIP LOCKED", worker=worker):
+                    return pid, chunk
+                os.kill(pid, signal.SIGCONT)
+            return None
+
+        return self.wait_until(stop)
 
     def job(self, job_id: int) -> Row[Any]:
         return in_transaction(self.ledger, get_job, job_id)

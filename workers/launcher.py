@@ -165,14 +165,15 @@ def run(nodes: Sequence[Node], stop: Event, stop_within: float | None = None) ->
         for node in running:
             node.watch()
         stop.wait(POLL_SECONDS)
-    log.info("stopping", nodes=len(running), todo="A second signal does not wait for the chunks in hand.")
 
     def hurry(*_: object) -> None:
         for node in running:
             node.signal(signal.SIGQUIT)
 
+    # Before it is told: whoever reads it may send the second signal at once.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, hurry)
+    log.info("stopping", nodes=len(running), todo="A second signal does not wait for the chunks in hand.")
     for node in running:
         node.signal(signal.SIGTERM)
     deadline = None if stop_within is None else time.monotonic() + stop_within

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from tests.fixtures_airflow import House, wait_until
+from tests.fixtures_airflow import SECONDS, House, wait_until
 from virnucpro_core.ledger.submissions import submit_file
 from virnucpro_core.stack import demo
 
@@ -28,7 +28,7 @@ def test_tasks_are_named_by_job_file_and_chunk(house: House, stack: RunningStack
     finish = {f"job {job} proteins: {stage} chunk 1 of 1" for stage in ("merge", "validate")}
     password = (stack.stack.folder / "secrets" / "flower-admin").read_text()
     login = ("admin", password)
-    with httpx.Client(base_url=stack.description.urls["Flower"], auth=login, timeout=30) as flower:
+    with httpx.Client(base_url=stack.description.urls["Flower"], auth=login, timeout=SECONDS) as flower:
 
         def done() -> dict[str, Any] | None:
             told = flower.get("/api/tasks", params={"limit": 1000}).json().values()

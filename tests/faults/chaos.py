@@ -27,7 +27,7 @@ from tests.faults.schedule import Fault, plan
 from virnucpro_core.errors import ServiceError
 
 ENDED = ("succeeded", "failed", "cancelled")
-SETTLE_SECONDS = 20.0
+SETTLE_SECONDS = 60.0
 
 
 class Chaos:
@@ -175,7 +175,6 @@ class Siege:
         house.start_database()
         house.start_broker()
         house.start_services()
-        house.wake_the_stopped(now=True)
         house.remove_traps()
 
 

@@ -41,7 +41,7 @@ MODEL = "tiny"
 RECORDS, CHUNK_TOKENS = 240, 50  # two or three records a chunk
 CLOCK_OFF = 3600  # seconds by which the second worker's clock is wrong, always
 POLL_SECONDS = 0.03
-PATIENCE = 120.0  # seconds that anything may take
+PATIENCE = 300.0  # seconds that anything may take
 
 QUICK = {
     "lease_seconds": 3.0,
@@ -212,7 +212,8 @@ class House:
         ]
 
     def wait_for_workers(self) -> None:
-        self.wait_until(lambda: len(self.live()) == NODES, "all workers are live")
+        # One that was started while the database was away may end only now.
+        self.wait_until(lambda: self.start_failed() or len(self.live()) == NODES, "all workers are live")
 
     def child(self, launcher: str, queue: str = "extract") -> psutil.Process | None:
         """The Celery child that takes a queue's messages for a launcher."""
@@ -290,11 +291,19 @@ class House:
         for sprung in self.traps.glob("sprung-*"):
             slept = time.time() - sprung.stat().st_ctime
             if sprung.read_text() == "stop" and (now or slept > 1.5 * self.settings.lease_seconds):
+                pid = int(sprung.name.split("-")[1])
+                # One that is about to stop would never be woken.
+                self.wait_until(lambda pid=pid: traps.has_stopped(pid), "a child stops")  # type: ignore[misc]
                 sprung.unlink()
                 with suppress(ProcessLookupError):
-                    os.kill(int(sprung.name.split("-")[1]), signal.SIGCONT)
+                    os.kill(pid, signal.SIGCONT)
 
     def remove_traps(self) -> None:
+        """Take away what is laid, and then wake all that a trap stopped."""
+        for path in self.traps.iterdir():
+            if not path.name.startswith("sprung-"):
+                path.unlink(missing_ok=True)
+        self.wake_the_stopped(now=True)
         for path in self.traps.iterdir():
             path.unlink(missing_ok=True)
 

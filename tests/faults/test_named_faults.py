@@ -14,7 +14,7 @@ from tests.faults.traps import STEPS, TRANSACTION_FAULTS
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.tallies import DUPLICATES, read_tallies
 
-pytestmark = [pytest.mark.faults, pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.faults, pytest.mark.chaos, pytest.mark.timeout(900)]
 
 PAST_THE_LEASE = 5.0  # seconds; the lease is 3
 A_MINUTE = 12.0  # seconds; four leases, as it is at the default of 15 s

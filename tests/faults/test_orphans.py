@@ -29,5 +29,5 @@ def test_child_dies_with_its_parent() -> None:
         assert parent.stdout is not None
         child = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
-        psutil.wait_procs([child], timeout=5)
+        psutil.wait_procs([child], timeout=60)
     assert not is_alive(child)

@@ -15,7 +15,7 @@ from tests.faults.traps import ACTIONS, TRANSACTION_FAULTS
 from virnucpro_core.features.exports import read_pt, write_pt
 from virnucpro_core.ledger.suspects import DEATHS_TO_CONDEMN
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 SEEDS = range(3)
 POISON = ["p100", "p101"]
@@ -23,7 +23,7 @@ POISON = ["p100", "p101"]
 
 def test_record_that_kills_is_a_failure_and_all_others_are_embedded(chaos: Chaos, tmp_path: Path) -> None:
     house = chaos.house
-    before = house.rows("SELECT coalesce(max(id), 0) AS id FROM workers")[0].id
+    before = house.rows("SELECT coalesce(max(id), 0) AS id FROM setbacks")[0].id
     (house.traps / traps.POISON).write_text("\n".join(POISON))
     try:
         house.submit(force=True)
@@ -43,7 +43,10 @@ def test_record_that_kills_is_a_failure_and_all_others_are_embedded(chaos: Chaos
     published = house.read_published(chaos.job_id)["chaos_ESM.pt"]
     assert published == (tmp_path / "healthy.pt").read_bytes()
 
-    deaths = house.rows("SELECT count(*) AS n FROM workers WHERE id > :before", before=before)[0].n
+    # With a chunk in hand: on a busy machine a worker may also be given up while it imports torch.
+    died = "SELECT count(DISTINCT worker_id) AS n FROM setbacks WHERE kind = 'died' AND id > :before"
+    deaths = house.rows(died, before=before)[0].n
+    assert deaths >= DEATHS_TO_CONDEMN, "nobody died of it"
     assert deaths <= len(POISON) * (DEATHS_TO_CONDEMN + 2), "a worker dies for ever"
 
 

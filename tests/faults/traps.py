@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from sqlalchemy import Connection, text
 
 FOLDER = "CHAOS_TRAPS"
@@ -48,6 +49,14 @@ def kill_both() -> None:
 
 def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def has_stopped(pid: int) -> bool:
+    """Whether a process sleeps by SIGSTOP, or is no more."""
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def segfault() -> None:

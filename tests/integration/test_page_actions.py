@@ -164,7 +164,9 @@ def test_those_who_wait_for_a_verification_keep_nobody_else_waiting(
 
     async def run() -> list[str]:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=page_url, headers=headers, limits=limits, timeout=30) as client:
+        async with httpx.AsyncClient(
+            base_url=page_url, headers=headers, limits=limits, timeout=120
+        ) as client:
             return await look(client)
 
     *told, other = asyncio.run(run())

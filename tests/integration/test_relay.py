@@ -160,13 +160,16 @@ def test_waiting_message_is_not_sent_again(relay: Relay, ledger: Engine, broker:
     assert queued(broker) == 2
 
 
-def test_delayed_message_waits_for_its_time(relay: Relay, ledger: Engine, broker: redis.Redis) -> None:
-    later = text("UPDATE outbox SET due_at = now() + interval '0.5 seconds'")
-    in_transaction(ledger, lambda tx: tx.execute(later))
+def test_delayed_message_waits_for_its_time(
+    relay: Relay, ledger: Engine, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.relay.TURN_SECONDS", 600.0)
+    change = text("UPDATE outbox SET due_at = now() + make_interval(secs => :seconds)")
+    in_transaction(ledger, lambda tx: tx.execute(change, {"seconds": 60}))
     wait = relay.turn()
     assert queued(broker) == 0
-    assert 0 < wait <= 0.5
-    Event().wait(wait)
+    assert 0 < wait <= 60
+    in_transaction(ledger, lambda tx: tx.execute(change, {"seconds": 0}))
     relay.turn()
     assert queued(broker) == 2
 
@@ -299,11 +302,13 @@ def test_relay_goes_on_after_its_connections_were_cut(
     same_role = open_ledger(ledger_urls["worker"])
     assert in_transaction(same_role, lambda tx: tx.execute(cut).scalar_one()) >= 1
     same_role.dispose()
-    pipeline.wait_until(lambda: relay.log.read_text().count("relay_serves") == 2)
+    # Three times, if it met a connection that was still being cut.
+    pipeline.wait_until(lambda: relay.log.read_text().count("relay_serves") >= 2)
     pipeline.submit(small_fasta)
     with redis.Redis.from_url(broker_url) as broker:
         broker.execute_command("CLIENT", "KILL", "SKIPME", "yes", "TYPE", "normal")
-        pipeline.wait_until(lambda: queued(broker) == 2)
+        # One whose answer was cut off is sent again.
+        pipeline.wait_until(lambda: len(set(chunks_queued(broker))) == 2)
 
 
 @pytest.mark.parametrize("module", ["workers.relay", "workers.launcher"])

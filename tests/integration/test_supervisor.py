@@ -45,7 +45,7 @@ def python(name: str, code: str, **options: object) -> Program:
     return Program(name=name, group="services", argv=argv, **({"settle_seconds": 1} | options))  # type: ignore[arg-type]
 
 
-def eventually(check: Callable[[], bool], seconds: float = 20.0) -> None:
+def eventually(check: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -209,6 +209,6 @@ def test_a_program_whose_supervisord_was_killed_before_it_was_tied_ends_too(
     supervisord = sleeper.parent()
     assert supervisord is not None
     supervisord.kill()
-    psutil.wait_procs([supervisord], timeout=20)
+    psutil.wait_procs([supervisord], timeout=60)
     go.touch()
     eventually(lambda: not is_alive(sleeper))

@@ -159,7 +159,7 @@ class ServerProcess:
         self.environment = environment
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, ready: Callable[[], bool], seconds: float = 30.0) -> None:
+    def start(self, ready: Callable[[], bool], seconds: float = 60.0) -> None:
         """Start it and return when it answers; a server that does not is stopped again.
 
         Raises:
