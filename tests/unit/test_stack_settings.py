@@ -239,7 +239,7 @@ def test_what_a_killed_stack_left_behind_does_not_count(tmp_path: Path, describe
 
 
 CHOOSE_PORTS = """
-from virnucpro_core.stack.processes import choose_port, write_private
+from virnucpro_core.stack.processes import choose_port
 print(*(choose_port() for _ in range(500)))
 """
 
