@@ -84,8 +84,7 @@ class House:
     def wait_for_task(self, run: str, task_id: str, state: str, attempt: int) -> dict[str, Any]:
         def task() -> dict[str, Any] | None:
             task = self.tasks(run).get((task_id, 0))
-            # On a busy machine Airflow may have tried the attempt once more by itself.
-            reached = task is not None and task["state"] == state and task["try_number"] >= attempt
+            reached = task is not None and (task["state"], task["try_number"]) == (state, attempt)
             return task if reached else None
 
         found: dict[str, Any] = wait_until(task, lambda: self.states(run))

@@ -27,7 +27,7 @@ from tests.faults.schedule import Fault, plan
 from virnucpro_core.errors import ServiceError
 
 ENDED = ("succeeded", "failed", "cancelled")
-SETTLE_SECONDS = 60.0
+SETTLE_SECONDS = 20.0
 
 
 class Chaos:

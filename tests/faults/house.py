@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,7 +42,7 @@ MODEL = "tiny"
 RECORDS, CHUNK_TOKENS = 240, 50  # two or three records a chunk
 CLOCK_OFF = 3600  # seconds by which the second worker's clock is wrong, always
 POLL_SECONDS = 0.03
-PATIENCE = 300.0  # seconds that anything may take
+PATIENCE = 120.0  # seconds that anything may take
 
 QUICK = {
     "lease_seconds": 3.0,
@@ -293,7 +294,7 @@ class House:
             if sprung.read_text() == "stop" and (now or slept > 1.5 * self.settings.lease_seconds):
                 pid = int(sprung.name.split("-")[1])
                 # One that is about to stop would never be woken.
-                self.wait_until(lambda pid=pid: traps.has_stopped(pid), "a child stops")  # type: ignore[misc]
+                self.wait_until(partial(traps.has_stopped, pid), "a child stops")
                 sprung.unlink()
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 CORPUS = Path(__file__).parent / "corpus"
 INSTRUMENTED = ["virnucpro_core", "workers", "torch._weights_only_unpickler"]
-WITH_TORCH = ["pt"]  # targets that read by torch
 LARGEST_INPUT = 4096  # bytes
 LONGEST_RUN = 20  # seconds that one input may take
 LARGEST_PROCESS = 2500  # MiB; torch alone takes 500
@@ -120,7 +119,7 @@ def run_atheris(name: str, runs: int, seed: int, folder: Path, scratch: Path) ->
         from tests.fuzz.seeds import SEEDS
 
         attempts = Attempts(name, "atheris", scratch)
-    if name in WITH_TORCH:
+    if name == "pt":
         import torch  # noqa: F401 - or it would be imported while libFuzzer times the first input
     grown = folder / f"{name}-corpus"
     grown.mkdir(parents=True, exist_ok=True)

@@ -141,14 +141,13 @@ async def fire(trigger: StageTrigger) -> None:
 
 
 async def watch(trigger: StageTrigger, *steps: Callable[[], object]) -> list[bool]:
-    """Run a trigger while other things happen; says after each of them whether it has fired by itself."""
+    """Run a trigger while other things happen, the last of which makes it fire; whether it has after each."""
     task = asyncio.ensure_future(fire(trigger))
     fired = []
-    for left, step in zip(range(len(steps) - 1, -1, -1), steps, strict=True):
+    for step in steps:
         await asyncio.to_thread(step)
-        # The last is the one that makes it fire: how soon is the machine's affair.
-        done, _ = await asyncio.wait([task], timeout=0.5 if left else SECONDS)
-        fired.append(bool(done))
+        await asyncio.wait([task], timeout=SECONDS if step is steps[-1] else 0.5)
+        fired.append(task.done())
     try:
         await asyncio.wait_for(task, SECONDS)
     finally:

@@ -169,7 +169,7 @@ def wait_for_lines(pipeline: Pipeline, event: str, count: int) -> None:
     assert pipeline.logs().count(event) == count
 
 
-def stop_in_mid_chunk(pipeline: Pipeline) -> tuple[int, int]:
+def stop_extracting(pipeline: Pipeline) -> tuple[int, int]:
     """Process and chunk of the extract worker, stopped (SIGSTOP) while it holds the chunk."""
     (extracting,) = pipeline.rows("SELECT id FROM workers WHERE queue = 'extract'")
     return pipeline.stop_in_mid_chunk(extracting.id)
@@ -181,7 +181,7 @@ def test_killed_child_is_replaced_and_its_chunk_runs_again(
     pipeline.start_relay()
     pipeline.start_workers()
     submitted = pipeline.submit(long_fasta)
-    pid, chunk = stop_in_mid_chunk(pipeline)
+    pid, chunk = stop_extracting(pipeline)
     os.kill(pid, signal.SIGKILL)
     with redis.Redis.from_url(broker_url) as broker:
         broker.flushdb()
@@ -199,7 +199,7 @@ def test_stopped_worker_finishes_its_chunk_and_leaves_the_rest(pipeline: Pipelin
     pipeline.start_workers("finish")
     extracting = pipeline.start_workers("extract")
     submitted = pipeline.submit(long_fasta)
-    pid, chunk = stop_in_mid_chunk(pipeline)
+    pid, chunk = stop_extracting(pipeline)
     assert extracting.process is not None
     extracting.process.terminate()
     pipeline.wait_until(lambda: "stopping" in extracting.log.read_text())
@@ -219,7 +219,7 @@ def test_hurried_worker_hands_its_chunk_back(pipeline: Pipeline, long_fasta: Pat
     pipeline.start_relay()
     extracting = pipeline.start_workers("extract")
     pipeline.submit(long_fasta)
-    pid, _ = stop_in_mid_chunk(pipeline)
+    pid, _ = stop_extracting(pipeline)
     assert extracting.process is not None
     extracting.process.terminate()
     pipeline.wait_until(lambda: "stopping" in extracting.log.read_text())
@@ -234,7 +234,7 @@ def test_worker_hands_back_what_it_cannot_finish_in_time(pipeline: Pipeline, lon
     pipeline.start_relay()
     extracting = pipeline.start_workers("extract", "--stop-within", "0.1")
     pipeline.submit(long_fasta)
-    pid, _ = stop_in_mid_chunk(pipeline)
+    pid, _ = stop_extracting(pipeline)
     assert extracting.process is not None
     extracting.process.terminate()
     pipeline.wait_until(lambda: "chunks_handed_back" in extracting.log.read_text())

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,17 +96,20 @@ class NewFile:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[NewFile]:
+def new_file(path: Path, mode: int = 0o666) -> Iterator[NewFile]:
     """Writes `path` in one step: no one sees the name before all its bytes are on disk.
 
     Missing folders are made. What was there before is replaced when the block ends, and kept if it raises.
+
+    Args:
+        mode: its permissions, of which the umask takes some away.
 
     Raises:
         ArtifactError: the file cannot be written; its temporary file is removed.
     """
     with _blaming(path):
         make_folder(path.parent)
-        temporary, raw = _create_temporary(path.parent)
+        temporary, raw = _create_temporary(path.parent, mode)
     try:
         with raw:
             file = NewFile(path, raw)
@@ -256,10 +260,10 @@ def _unreadable(error: OSError, path: Path) -> ArtifactError:
     return ArtifactError(f"a file cannot be read: {error.strerror}", where=str(path), todo=advice)
 
 
-def _create_temporary(folder: Path) -> tuple[Path, FileIO]:
+def _create_temporary(folder: Path, mode: int) -> tuple[Path, FileIO]:
     while True:
         path = temporary_name(folder)
-        raw = FileIO(path, "x")
+        raw = FileIO(path, "x", opener=partial(os.open, mode=mode))
         lock_file(raw, fcntl.LOCK_EX)
         # `remove_abandoned` may have come between creation and lock: then this file has no name any more.
         if os.fstat(raw.fileno()).st_nlink:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from virnucpro_core.errors import ServiceError
+from virnucpro_core.features.files import new_file
 
 LOOPBACK = "127.0.0.1"
 SECRET_BYTES = 48  # 64 characters, what the signatures of Airflow's tokens want
@@ -57,12 +58,12 @@ def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner may read, whatever the umask and whatever lay there before.
 
     Whoever reads it meanwhile finds the old content or the new.
+
+    Raises:
+        ArtifactError: it cannot be written.
     """
-    written = path.with_name(f"{path.name}.{os.getpid()}")
-    written.unlink(missing_ok=True)
-    written.touch(mode=0o600, exist_ok=False)
-    written.write_text(text)
-    written.replace(path)
+    with new_file(path, mode=0o600) as file:
+        file.write(text.encode())
 
 
 def make_private_folder(path: Path) -> Path:
