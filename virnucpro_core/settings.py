@@ -246,7 +246,8 @@ class Settings(BaseSettings):
             raise SettingsError(
                 "no model is named",
                 where=f"{PREFIX}MODEL",
-                todo="Name a registered model (`virnucpro weights add NAME FOLDER` registers one).",
+                todo="Set it, or name a model by --model, or in Airflow's form. `virnucpro weights show` lists those "
+                "that are registered, `virnucpro weights add NAME FOLDER` registers one.",
             )
         return chosen
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,6 +102,21 @@ def test_every_command_says_what_it_does(name: str, virnucpro: Command) -> None:
     for parameter in command.params:
         assert getattr(parameter, "help", None) or parameter.name == "help", parameter.name
     assert virnucpro(*name.split()[1:], "--help").code == 0
+
+
+def test_version_is_that_of_the_package(virnucpro: Command) -> None:
+    ended = virnucpro("--version")
+    assert (ended.code, ended.out) == (0, f"virnucpro {version('virnucpro-pipeline')}\n")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_cuts_no_word_on_80_columns(
+    name: str, virnucpro: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    told = virnucpro(*name.split()[1:], "--help").out
+    assert "…" not in told
+    assert not re.search(r"<[\w|]+\s", told), "a type goes on in the next line"
 
 
 def test_every_error_has_a_documented_exit_code(virnucpro: Command) -> None:

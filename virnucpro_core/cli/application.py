@@ -6,6 +6,8 @@ import errno
 import logging
 import os
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -53,12 +55,33 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (files, weights, submissions, jobs, explain, estimate, services, health):
+for module in (
+    files,
+    weights,
+    estimate,
+    submissions,
+    jobs,
+    explain,
+    services,
+    health,
+):  # as --help lists them
     module.add_commands(app)
 
 
+def show_version(asked: bool) -> None:
+    if asked:
+        print(f"virnucpro {version('virnucpro-pipeline')}")
+        raise typer.Exit
+
+
 @app.callback()
-def begin(context: typer.Context) -> None:
+def begin(
+    context: typer.Context,
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
     configure_logging(logging.WARNING)
     if context.invoked_subcommand not in STACK_COMMANDS:
         use_running_stack(os.environ)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from virnucpro_core.cli.connections import connect
-from virnucpro_core.cli.jobs import PANEL
+from virnucpro_core.cli.files import NucleotidesAllowed
+from virnucpro_core.cli.jobs import PANEL, RegisteredModelOption
 from virnucpro_core.cli.output import (
     AsJson,
     format_counts,
@@ -33,12 +34,8 @@ def add_commands(app: typer.Typer) -> None:
 
 def estimate(
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="FASTA files.")],
-    model: Annotated[
-        str | None, typer.Option(help="A registered model's name.", show_default="VIRNUCPRO_MODEL")
-    ] = None,
-    allow_nucleotides: Annotated[
-        bool, typer.Option("--allow-nucleotides", help="Take files that look like nucleotides for proteins.")
-    ] = False,
+    model: RegisteredModelOption = None,
+    allow_nucleotides: NucleotidesAllowed = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell what files will take: chunks, truncations, rejects, disk, and hours by the rates of earlier jobs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from virnucpro_core.cli.connections import connect
 from virnucpro_core.cli.jobs import PANEL, JobArgument
-from virnucpro_core.cli.output import AsJson, print_facts, print_json, print_note, print_table
+from virnucpro_core.cli.output import AsJson, format_value, print_facts, print_json, print_note, print_table
 from virnucpro_core.settings import load_settings
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def print_story(story: RecordStory) -> None:
         }
     )
     for place in story.places:
-        print_facts({"  in": f"{place.path}, row {place.row:,}"})
+        print_facts({"  in": f"{load_settings().output_root / place.path}, row {place.row:,}"})
     print_facts(
         {
             "residues": seen
@@ -95,9 +96,8 @@ def print_story(story: RecordStory) -> None:
             "  setback": chunk.setback,
             "job": story.job_state,
             "model": story.model,
-            "recipe": ", ".join(f"{name} {value}" for name, value in story.recipe.items()),
-            "run as": story.execution
-            and ", ".join(f"{name} {value}" for name, value in story.execution.items()),
+            "recipe": list_settings(story.recipe),
+            "run as": story.execution and list_settings(story.execution),
         }
     )
     if story.attempts:
@@ -106,6 +106,11 @@ def print_story(story: RecordStory) -> None:
         print("No worker has claimed it yet.")
     for what in story.untold:
         print_note(f"Not told: {what}")
+
+
+def list_settings(settings: Mapping[str, object]) -> str:
+    """`dtype float32, threads 2`; what holds nothing is left out."""
+    return ", ".join(f"{name} {format_value(value)}" for name, value in settings.items() if value != "")
 
 
 def describe_outcome(story: RecordStory) -> str:

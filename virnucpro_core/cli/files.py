@@ -28,6 +28,10 @@ PANEL = "Files (no service needed)"
 NAMED = 5  # errors of one file that its line names
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write.")]
+NucleotidesAllowed = Annotated[
+    bool,
+    typer.Option("--allow-nucleotides", help="Take a file that looks like nucleotides for proteins."),
+]
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -51,10 +55,7 @@ def extract(
             help="What a letter outside the vocabulary does: become `<unk>`, or fail its record (strict)."
         ),
     ] = "unknown",
-    allow_nucleotides: Annotated[
-        bool,
-        typer.Option("--allow-nucleotides", help="Take a file that looks like nucleotides for proteins."),
-    ] = False,
+    allow_nucleotides: NucleotidesAllowed = False,
     as_json: AsJson = False,
 ) -> None:
     """Embed the proteins of a FASTA file with FastESM2, on this host.
@@ -229,4 +230,4 @@ def print_result(facts: dict[str, object], as_json: bool) -> None:
     failures = facts.get("failures")
     if isinstance(failures, dict):
         facts = facts | {"failures": format_counts(failures)}
-    print_facts({name.replace("_", " "): value for name, value in facts.items()})
+    print_facts(facts)

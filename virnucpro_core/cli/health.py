@@ -37,7 +37,9 @@ def airflow(
     component: Annotated[
         str, typer.Argument(metavar="NAME", help="api-server, dag-processor, scheduler or triggerer.")
     ],
-    url: Annotated[str, typer.Option(help="Where Airflow's API server is.")] = "http://localhost:8080",
+    url: Annotated[
+        str, typer.Option(metavar="URL", help="Where Airflow's API server is.")
+    ] = "http://localhost:8080",
 ) -> None:
     """Whether Airflow's health page calls one of its components healthy, by the component's heartbeat."""
     from virnucpro_core.stack.airflow import HEALTH, is_healthy

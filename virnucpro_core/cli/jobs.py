@@ -1,4 +1,4 @@
-"""Commands about jobs in the ledger: `status`, `failures`, `report`, `retry`, `cancel`, `verify`."""
+"""Commands about jobs in the ledger: `status`, `failures`, `report`, `verify`, `retry`, `cancel`."""
 
 from __future__ import annotations
 
@@ -52,10 +52,14 @@ SHOWN_FAILURES = 50  # in text; --csv and --json have all
 JobArgument = Annotated[
     int, typer.Argument(metavar="JOB", help="The job's number, as `virnucpro status` lists it.")
 ]
+RegisteredModelOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="A registered model's name.", show_default="VIRNUCPRO_MODEL"),
+]
 
 
 def add_commands(app: typer.Typer) -> None:
-    for command in (status, failures, report, retry, cancel, verify):
+    for command in (status, failures, report, verify, retry, cancel):
         app.command(rich_help_panel=PANEL)(command)
 
 
@@ -69,7 +73,9 @@ def status(
             "--watch", help="Show jobs, workers and failures live, until Ctrl-C. Not on a terminal: once."
         ),
     ] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks of --watch.")] = 2.0,
+    every: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, help="Time between two looks of --watch.")
+    ] = 2.0,
     as_json: AsJson = False,
 ) -> None:
     """Show the newest jobs, or all that is known of one; with --watch, live."""
@@ -94,7 +100,7 @@ def status(
     if as_json:
         print_json(rows)
         return
-    print_table([column.replace("_", " ") for column in JOB_COLUMNS], [list(row.values()) for row in rows])
+    print_table(JOB_COLUMNS, [list(row.values()) for row in rows])
     if any(row.state == "running" for row in jobs) and not workers:
         print_note("No worker is running: `virnucpro worker` starts one, `virnucpro up` the whole stack.")
 

@@ -52,10 +52,10 @@ def print_line(text: str) -> None:
 
 def print_facts(facts: Mapping[str, object]) -> None:
     """Print `name: value` lines, aligned; a value of None or "" is left out."""
-    width = max(map(len, facts), default=0) + 2
-    for name, value in facts.items():
-        if value not in (None, ""):
-            print(f"{name + ':':{width}}{format_value(value)}")
+    told = {name.replace("_", " "): value for name, value in facts.items() if value not in (None, "")}
+    width = max(map(len, told), default=0) + 2
+    for name, value in told.items():
+        print(f"{name + ':':{width}}{format_value(value)}")
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -64,7 +64,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     cells = [list(row) for row in rows]
     for place, column in enumerate(columns):
         numeric = bool(cells) and all(isinstance(row[place], int | float) for row in cells)
-        table.add_column(column, justify="right" if numeric else "left")
+        table.add_column(column.replace("_", " "), justify="right" if numeric else "left")
     for row in cells:
         table.add_row(*(Text(format_value(value)) for value in row))
     console = Console()

@@ -48,7 +48,8 @@ Environment variables, read once when a process starts. Unknown ones are ignored
 ABOUT_COMMANDS = """\
 ## Commands
 
-Results go to stdout; progress, warnings and errors to stderr. `--help` says the same as this page.
+Results go to stdout; progress, warnings and errors to stderr. `--help` says the same as this page,
+`virnucpro --version` which version it is of.
 """
 
 

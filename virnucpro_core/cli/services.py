@@ -1,4 +1,4 @@
-"""Commands that run services: `worker`, `relay`, `metrics`, `up`, `down`, `demo`, `db upgrade`."""
+"""Commands that run services: `up`, `down`, `demo`, `worker`, `relay`, `metrics`, `db upgrade`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ database = typer.Typer(no_args_is_help=True, help="The ledger's schema.")
 
 
 def add_commands(app: typer.Typer) -> None:
-    for command in (worker, relay, metrics, up, down, demo):
+    for command in (up, down, demo, worker, relay, metrics):
         app.command(rich_help_panel=PANEL)(command)
     app.add_typer(database, name="db", rich_help_panel=PANEL)
 
@@ -69,9 +69,11 @@ def relay() -> None:
 
 def metrics(
     host: Annotated[
-        str, typer.Option(help="The address that it listens on; 0.0.0.0 is all of them.")
+        str, typer.Option(metavar="ADDRESS", help="The address that it listens on; 0.0.0.0 is all of them.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The port that it listens on.")] = METRICS_PORT,
+    port: Annotated[
+        int, typer.Option(metavar="PORT", min=1, max=65535, help="The port that it listens on.")
+    ] = METRICS_PORT,
 ) -> None:
     """Serve metrics for Prometheus at /metrics, read from the ledger, until told to stop.
 
@@ -106,6 +108,7 @@ def up(gpus: GpusOption = "all", as_json: AsJson = False) -> None:
         print_json({"urls": description.urls, "logins": description.logins})
     else:
         print_facts({**description.urls, "logins": description.logins})
+        print_note("It stays until `virnucpro down`; `virnucpro status`, run in this folder, shows its jobs.")
 
 
 def down() -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from virnucpro_core.cli.connections import connect, name_person
-from virnucpro_core.cli.jobs import PANEL, print_status
+from virnucpro_core.cli.files import NucleotidesAllowed
+from virnucpro_core.cli.jobs import PANEL, RegisteredModelOption, print_status
 from virnucpro_core.cli.output import AsJson, print_error, print_json, print_line, print_note, show_progress
 from virnucpro_core.errors import InputError, JobError
 from virnucpro_core.settings import load_settings
@@ -33,9 +34,7 @@ def submit(
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE", help="FASTA files, where the workers can read them.")
     ],
-    model: Annotated[
-        str | None, typer.Option(help="A registered model's name.", show_default="VIRNUCPRO_MODEL")
-    ] = None,
+    model: RegisteredModelOption = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for the jobs, and fail if one of them does.")
     ] = False,
@@ -57,15 +56,14 @@ def submit(
     max_failed_share: Annotated[
         float | None,
         typer.Option(
+            metavar="SHARE",
             min=0,
             max=1,
             help="Share of failed records above which the job counts as failed.",
             show_default="VIRNUCPRO_MAX_FAILED_SHARE",
         ),
     ] = None,
-    allow_nucleotides: Annotated[
-        bool, typer.Option("--allow-nucleotides", help="Take files that look like nucleotides for proteins.")
-    ] = False,
+    allow_nucleotides: NucleotidesAllowed = False,
     as_json: AsJson = False,
 ) -> None:
     """Register FASTA files as jobs. The same content under the same recipe is computed once.
@@ -109,6 +107,8 @@ def submit(
         for file, status in statuses.items():
             known = "registered" if jobs[file].created else "known already"
             print_line(f"{file}: job {status.job}, {known}, {status.state}, generation {status.generation}")
+        if any(status.state == "running" for status in statuses.values()):
+            print_note("`virnucpro status --watch` shows how they get on.")
     codes = [error.exit_code for error in errors]
     if wait:
         share = load_settings().max_failed_share if max_failed_share is None else max_failed_share
@@ -191,7 +191,7 @@ def check_outcome(status: JobStatus, file: Path, max_failed_share: float) -> boo
             JobError(
                 f"{share:.2%} of job {status.job}'s records failed, more than {max_failed_share:.2%}",
                 where=str(file),
-                todo=f"`virnucpro failures {status.job}` lists them.",
+                todo=f"`virnucpro failures {status.job}` lists them; --max-failed-share accepts more.",
             )
         )
     elif error := max(submissions, key=lambda one: one.submitted_at).error:

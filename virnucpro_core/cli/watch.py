@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 RUNNING_SHOWN, ENDED_SHOWN, NEWEST_SHOWN = 50, 5, 5
 LEAST_JOBS = 3
-LEAST_BAR = 8
 SILENT_SECONDS = 10.0  # a heartbeat that is older is worth a warning
 UNKNOWN = "-"
 EXTRACT_QUEUE = "extract"
@@ -135,12 +134,17 @@ def make_table(
     # A bar takes what room is left.
     table = Table(box=None, pad_edge=False, header_style="bold", expand=bool(bars))
     for column in (title, *columns[1:]):
-        table.add_column(column, overflow="ellipsis", no_wrap=True)
+        table.add_column(make_cell(column))
     if bars:
-        table.add_column(ratio=1, min_width=LEAST_BAR)
+        table.add_column(ratio=1, no_wrap=True)
     for place, row in enumerate(rows):
-        table.add_row(*(Text(format_value(value)) for value in row), *bars[place : place + 1])
+        table.add_row(*map(make_cell, row), *bars[place : place + 1])
     return table
+
+
+def make_cell(value: object) -> Text:
+    # A cell that may not be wrapped, in a column that might: of these rich cuts the widest where there is no room.
+    return Text(format_value(value), overflow="ellipsis", no_wrap=True)
 
 
 def draw_bar(job: JobOverview) -> ProgressBar:
@@ -210,7 +214,7 @@ FAILURE_COLUMNS = ("when", "job", "record", "id", "reason", "detail")
 
 def list_failure(failure: RecentFailure) -> list[object]:
     return [
-        failure.finished_at,
+        format_moment(failure.finished_at),
         f"{failure.job}",
         f"{failure.record}",
         failure.id,
@@ -224,7 +228,7 @@ SETBACK_COLUMNS = ("when", "job", "records", "attempt", "node", "how", "why")
 
 def list_setback(setback: RecentSetback) -> list[object]:
     return [
-        setback.ended_at,
+        format_moment(setback.ended_at),
         f"{setback.job}",
         f"{setback.first_record}-{setback.first_record + setback.records - 1}",
         f"{setback.attempt}",
@@ -232,6 +236,11 @@ def list_setback(setback: RecentSetback) -> list[object]:
         setback.kind.replace("_", " "),
         setback.error,
     ]
+
+
+def format_moment(moment: datetime) -> str:
+    """`11-23 13:36:05`: what is shown is of these days."""
+    return f"{moment.astimezone():%m-%d %H:%M:%S}"
 
 
 def format_seconds(seconds: float) -> str:

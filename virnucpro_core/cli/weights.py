@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -32,12 +32,14 @@ RevisionOption = Annotated[
     str | None, typer.Option(metavar="COMMIT", help="The Hub repository's commit, all 40 hex digits.")
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="the GPU, if there is one")
+    str | None,
+    typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N.", show_default="the GPU, if there is one"),
 ]
 DtypeOption = Annotated[
     Dtype | None,
     typer.Option(
-        help="Precision of the forward pass; a CPU computes float32 only.",
+        metavar="DTYPE",
+        help=f"Precision of the forward pass: {', '.join(get_args(Dtype))}; a CPU computes float32 only.",
         show_default="float16 on a GPU, float32 on a CPU",
     ),
 ]
@@ -60,8 +62,10 @@ def demo(
             show_default="the folder `demo` below the model root",
         ),
     ] = None,
-    layers: Annotated[int, typer.Option(min=1, help="Transformer layers; FastESM2_650 has 33.")] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0,
+    layers: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Transformer layers; FastESM2_650 has 33.")
+    ] = 2,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Equal seeds give equal bytes.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Write random weights in FastESM2's shape, to try the pipeline without the model hub.
@@ -219,7 +223,8 @@ def keep_verdict(checkpoint: Checkpoint, verdict: Verdict) -> None:
         with connect("owner") as ledger:
             if not in_transaction(ledger, keep_selftest, checkpoint.sha256, find_verdicts(checkpoint)):
                 print_note(
-                    "No model is registered with these weights: the verdict is kept in their folder only."
+                    "No model is registered with these weights, so the verdict is kept in their folder only; "
+                    "`virnucpro weights add NAME FOLDER` registers one."
                 )
 
 

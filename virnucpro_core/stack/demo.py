@@ -248,6 +248,9 @@ def summarise(ledger: Engine, fasta: Path, run_state: str, started: float, conso
         facts.append(("report", str(page)))
     if job.finished_at.timestamp() < started:
         facts.append(("work", "the job was done already: nothing was computed again"))
+    facts.append(
+        ("next", "open the report in a browser; docs/quickstart.md leads on to weights that mean something")
+    )
     for name, value in facts:
         console.print(f"{name:<21}{value}", soft_wrap=True, markup=False, highlight=False)
     return 0 if run_state == "success" and not faults else 1

@@ -66,7 +66,9 @@ class Stack:
         """
         if self.supervisor.is_running():
             raise ServiceError(
-                "a stack is running already", where=str(self.folder), todo="Stop it with `make down`."
+                "a stack is running already",
+                where=str(self.folder),
+                todo="Use it (the file `logins` there says where its pages are), or stop it with `make down`.",
             )
         tell = on_step or (lambda step: log.info("starting", step=step))
         make_private_folder(self.folder)
