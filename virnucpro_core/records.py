@@ -12,7 +12,7 @@ from virnucpro_core.features.matrices import Matrix, open_matrix
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.queries import ArtifactRow, artifacts_of, chunk_ranges, get_job
 from virnucpro_core.ledger.transitions import MATRIX, MERGE
-from virnucpro_core.roots import resolve_below
+from virnucpro_core.roots import OUTPUT_ADVICE, resolve_below
 from virnucpro_core.sequences.chunks import ChunkRange
 from virnucpro_core.sequences.compression import Compression
 from virnucpro_core.sequences.fasta import RecordBatch, parse_records
@@ -67,7 +67,7 @@ def find_result(settings: Settings, merged: Sequence[ArtifactRow]) -> Matrix | N
     root = settings.output_root.resolve()
     for row in merged:
         if row.kind == MATRIX:
-            return open_matrix(resolve_below(root / row.path, [root]))
+            return open_matrix(resolve_below(root / row.path, [root], todo=OUTPUT_ADVICE))
     return None
 
 

@@ -51,12 +51,17 @@ def is_url(text: str) -> bool:
     return bool(parts.scheme) and "://" in text
 
 
+def is_kept_in_file(setting: str) -> bool:
+    """Whether a setting may hold a secret, or what an environment cannot hold."""
+    return setting.endswith("_url") or setting == "notifier_options"
+
+
 class SecretFileSource(PydanticBaseSettingsSource):
     """Reads secret settings from the files that `<NAME>_FILE` variables name."""
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 - pydantic's signature
         file_name = os.environ.get(f"{PREFIX}{field_name.upper()}_FILE")
-        if not file_name or not (field_name.endswith("_url") or field_name == "notifier_options"):
+        if not file_name or not is_kept_in_file(field_name):
             return None, field_name, False
         try:
             return Path(file_name).read_text().strip(), field_name, False

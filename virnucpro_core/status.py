@@ -29,7 +29,7 @@ class SubmissionStatus:
         too_many_failed: whether more of the job's records failed than it allows.
         folder: where its result is published, relative to the output root.
         published: whether that has been done in this generation.
-        page: the report in that folder; None if there is none.
+        report: its path, relative to the output root; None if there is none.
         error: why its nucleotides were not merged.
     """
 
@@ -42,7 +42,7 @@ class SubmissionStatus:
     too_many_failed: bool
     folder: str
     published: bool
-    page: str | None
+    report: str | None
     error: str | None
     submitted_at: datetime
 
@@ -99,7 +99,7 @@ def read_status(tx: Connection, job_id: int) -> JobStatus:
     job = get_job(tx, job_id)
     made = {Path(artifact.path).name for artifact in artifacts_of(tx, job_id, stage=VALIDATE)}
 
-    def find_page(submission: SubmissionRow) -> str | None:
+    def find_report(submission: SubmissionRow) -> str | None:
         if submission.published_generation != job.generation or file_name(REPORT, submission.id) not in made:
             return None
         return f"{submission.folder(job.input_sha256, job.recipe_sha256)}/{submission.stem}{SUFFIXES[REPORT]}"
@@ -141,7 +141,7 @@ def read_status(tx: Connection, job_id: int) -> JobStatus:
                 error=submission.error,
                 submitted_at=submission.submitted_at,
                 published=submission.published_generation == job.generation,
-                page=find_page(submission),
+                report=find_report(submission),
             )
             for submission in submissions_of(tx, job_id)
         ),

@@ -11,8 +11,8 @@ from kombu.entity import Exchange, Queue
 from kombu.transport import TRANSPORT_ALIASES
 
 from virnucpro_core.errors import ServiceError
+from virnucpro_core.queues import EXTRACT_QUEUE, QUEUES
 from virnucpro_core.settings import Settings, load_settings
-from workers.messages import EXTRACT_QUEUE, QUEUES
 
 EXCHANGE = Exchange("virnucpro", type="direct")  # type: ignore[no-untyped-call]
 

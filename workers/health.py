@@ -16,9 +16,9 @@ from celery import Celery
 from virnucpro_core.errors import ServiceError, VirnucproError
 from virnucpro_core.ledger.database import in_transaction, open_ledger
 from virnucpro_core.ledger.health import find_neglected, is_served, live_nodes
+from virnucpro_core.queues import QUEUES
 from virnucpro_core.settings import Settings, load_settings
 from workers.app import app, check_broker
-from workers.messages import QUEUES
 from workers.relay import RELAY_LOCK
 
 ANSWER_SECONDS = 5.0  # that a Celery node has to answer in

@@ -23,10 +23,10 @@ from virnucpro_core.errors import ExecutionError, SettingsError, VirnucproError
 from virnucpro_core.gpus import MASK, Gpu, choose_gpus, visible_gpus
 from virnucpro_core.ledger.database import check_migrated, open_ledger
 from virnucpro_core.logs import configure_logging
+from virnucpro_core.queues import EXTRACT_QUEUE, FINISH_QUEUE, QUEUES
 from virnucpro_core.settings import load_settings
 from virnucpro_core.stack.processes import tied_to_parent
 from workers.app import app, check_broker
-from workers.messages import EXTRACT_QUEUE, FINISH_QUEUE, QUEUES
 from workers.pinning import LOCK_FOLDER, Lock, try_lock
 
 log = structlog.get_logger()

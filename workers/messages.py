@@ -9,9 +9,6 @@ from typing import Any
 from virnucpro_core.ledger.rejections import RejectionReason
 from virnucpro_core.ledger.transitions import EXTRACT, MERGE, VALIDATE
 
-EXTRACT_QUEUE, FINISH_QUEUE = "extract", "finish"
-QUEUES = (EXTRACT_QUEUE, FINISH_QUEUE)
-
 TASK_PREFIX = "virnucpro."
 STAGES = (EXTRACT, MERGE, VALIDATE)
 

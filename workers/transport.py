@@ -16,8 +16,9 @@ from kombu.transport import redis
 from virnucpro_core.errors import VirnucproError
 from virnucpro_core.ledger.database import in_transaction, open_ledger
 from virnucpro_core.ledger.rejections import RejectionReason, count_rejections
+from virnucpro_core.queues import QUEUES
 from virnucpro_core.settings import load_settings
-from workers.messages import QUEUES, RejectedMessageError, purify
+from workers.messages import RejectedMessageError, purify
 
 log = structlog.get_logger()
 

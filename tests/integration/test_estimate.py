@@ -74,7 +74,7 @@ def test_file_alone_tells_counts_and_disk_and_no_hours(
     assert not pipeline.settings.spool_root.exists(), "an estimate writes nothing"
     assert (told["durations"], told["free"] > 0) == ([], True)
     assert "no job has run" in told["no_duration"]
-    assert "hours: unknown: no job has run" in " ".join(virnucpro("estimate", fasta).out.split())
+    assert "time: unknown: no job has run" in " ".join(virnucpro("estimate", fasta).out.split())
     assert pipeline.submit(fasta).chunks == plain["chunks"]
     assert pipeline.rows("SELECT count(*) AS n FROM jobs")[0].n == 1
 
@@ -107,7 +107,7 @@ def test_hours_are_those_of_each_host_and_class_that_has_run(
     assert told["no_duration"] == ""
     assert told["duration_now"] == {"hours": by_host["here"]["hours"], "workers": 1}
     text_form = virnucpro("estimate", fasta).out
-    assert "100 tokens/s over 1 chunks of 1 jobs, tiny in float32 on the CPU of here" in text_form
+    assert "100 tokens/s (chunks: 1, jobs: 1), tiny in float32 on the CPU of here" in text_form
 
     pipeline.configure(dtype="float16")
     told = estimate()
@@ -134,7 +134,7 @@ def test_workers_that_are_hosts_of_their_own_are_summed_up(
     assert len(told["durations"]) == 3
     assert told["duration_now"]["workers"] == 2
     assert told["duration_now"]["hours"] == pytest.approx(told["tokens"] / (100 + 50) / 3600)
-    assert "on all 2 of them that live now" in virnucpro("estimate", fasta, "--model", MODEL).out
+    assert "on all workers that live now (2)" in virnucpro("estimate", fasta, "--model", MODEL).out
 
 
 def test_file_that_is_done_takes_nothing_more(

@@ -69,7 +69,7 @@ def test_job_ends_with_a_report_that_can_be_made_again(
     assert (tmp_path / "again.html").read_text() == page
     assert virnucpro("verify", job.id).code == 0
     told = virnucpro("status", job.id, "--json").json()
-    assert Path(told["submissions"][0]["page"]).name == f"{stem}.report.html"
+    assert Path(told["submissions"][0]["report"]).name == f"{stem}.report.html"
 
     # it is a file of the result like the others: missed, and made again
     (folder / f"{stem}.report.html").unlink()
@@ -141,7 +141,7 @@ def test_broken_report_fails_no_job(
     assert (pipeline.published(unpublished) / "other_ESM.pt").is_file()
 
     # both are seen
-    assert "report:      not made" in virnucpro("status", unwritten).out
+    assert "report:    not made" in virnucpro("status", unwritten).out
     ended = virnucpro("verify", unpublished)
     assert ended.code == 6
     assert "other.report.html: it cannot be read" in ended.out

@@ -15,6 +15,7 @@ from virnucpro_core.cli.jobs import PANEL, RegisteredModelOption
 from virnucpro_core.cli.output import (
     AsJson,
     format_counts,
+    format_seconds,
     print_error,
     print_facts,
     print_json,
@@ -71,7 +72,10 @@ def estimate(
     if as_json:
         print_json(
             {
-                "files": [asdict(one) | {"job": describe_job(jobs.get(one.sha256))} for one in found],
+                "files": [
+                    asdict(one) | {"job": asdict(jobs[one.sha256]) if one.sha256 in jobs else None}
+                    for one in found
+                ],
                 "tokens": sum(one.tokens for one in todo),
                 "disk": disk,
                 "free": free,
@@ -86,7 +90,7 @@ def estimate(
         print_durations(durations, missing)
         if now is not None:
             print_facts(
-                {"hours now": f"{format_hours(now.hours)} on all {now.workers} of them that live now"}
+                {"time now": f"{format_hours(now.hours)} on all workers that live now ({now.workers})"}
             )
         print_facts({"disk to come": f"at least {gigabytes(disk)}; {gigabytes(free)} are free"})
     if disk > free:
@@ -147,10 +151,6 @@ def files_to_compute(found: list[FileEstimate], jobs: dict[str, KnownJob]) -> li
     ]
 
 
-def describe_job(job: KnownJob | None) -> dict[str, object] | None:
-    return None if job is None else asdict(job)
-
-
 def describe_duration(duration: Duration) -> dict[str, object]:
     rate = duration.rate
     return {**asdict(duration), "tokens_per_second": round(rate.tokens_per_second, 1)}
@@ -183,26 +183,25 @@ def print_file(one: FileEstimate, job: KnownJob | None) -> None:
 
 def print_durations(durations: list[Duration], missing: str) -> None:
     if missing:
-        print_facts({"hours": missing})
+        print_facts({"time": missing})
     for duration in durations:
         rate = duration.rate
         now = (
-            f", {format_hours(duration.hours_now)} on the {rate.workers_now} of its kind that live there now"
+            f", {format_hours(duration.hours_now)} on all of its kind that live there now ({rate.workers_now})"
             if duration.hours_now is not None
             else ""
         )
         print_facts(
             {
-                "hours": f"{format_hours(duration.hours)} on one worker of {rate.host}{now}",
-                "  by": f"{rate.tokens_per_second:,.0f} tokens/s over {rate.chunks:,} chunks of {rate.jobs:,} jobs, "
+                "time": f"{format_hours(duration.hours)} on one worker of {rate.host}{now}",
+                "  by": f"{rate.tokens_per_second:,.0f} tokens/s (chunks: {rate.chunks:,}, jobs: {rate.jobs:,}), "
                 f"{rate.model} in {rate.execution['dtype']} on {rate.execution['hardware']}",
             }
         )
 
 
 def format_hours(hours: float) -> str:
-    """Two digits that matter, however short it is."""
-    return f"{hours:,.1f} h" if hours >= 10 else f"{hours:.2g} h"
+    return format_seconds(hours * 3600)
 
 
 def gigabytes(size: int) -> str:

@@ -8,6 +8,7 @@ import typer
 
 from virnucpro_core.cli.services import PANEL, become
 from virnucpro_core.errors import ServiceError
+from virnucpro_core.queues import QUEUES
 
 health = typer.Typer(no_args_is_help=True, help="Whether a service does its work: exit 0 if so, 5 if not.")
 
@@ -20,7 +21,7 @@ def add_commands(app: typer.Typer) -> None:
 def worker(
     queues: Annotated[
         str, typer.Option(metavar="NAMES", help="The queues that workers of this host must consume.")
-    ] = "extract,finish",
+    ] = ",".join(QUEUES),
 ) -> None:
     """Whether this host's workers consume: fresh heartbeats in the ledger, and Celery nodes that answer."""
     become("workers.health", "worker", "--queues", queues)

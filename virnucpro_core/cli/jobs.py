@@ -46,7 +46,7 @@ JOB_COLUMNS = (
     "created_at",
 )
 FAILURE_COLUMNS = ("record", "id", "reason", "detail")
-NO_PAGE = "not made; `virnucpro report` writes one, or says why it cannot"
+NO_REPORT = "not made; `virnucpro report` writes one, or says why it cannot"
 SHOWN_FAILURES = 50  # in text; --csv and --json have all
 
 JobArgument = Annotated[
@@ -267,8 +267,10 @@ def print_status(told: JobStatus) -> None:
                 "  label": submission.label,
                 "  nucleotides": submission.nucleotide_path,
                 "  published": root / submission.folder if submission.published else "not yet",
-                "  report": root / submission.page
-                if submission.page
-                else (submission.published and NO_PAGE) or None,
+                "  report": root / submission.report
+                if submission.report
+                else NO_REPORT
+                if submission.published
+                else None,
             }
         )

@@ -12,6 +12,7 @@ import typer
 from virnucpro_core.cli.connections import connect
 from virnucpro_core.cli.output import AsJson, print_facts, print_json, print_note
 from virnucpro_core.logs import configure_logging
+from virnucpro_core.queues import QUEUES
 from virnucpro_core.settings import load_settings
 from virnucpro_core.stack.programs import METRICS_PORT
 
@@ -39,7 +40,7 @@ def worker(
     queues: Annotated[
         str,
         typer.Option(metavar="NAMES", help="`extract` computes embeddings, `finish` merges and validates."),
-    ] = "extract,finish",
+    ] = ",".join(QUEUES),
     stop_within: Annotated[
         float | None,
         typer.Option(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from virnucpro_core.cli.connections import connect
-from virnucpro_core.cli.output import format_value, print_note, print_table
+from virnucpro_core.cli.output import format_seconds, format_value, print_note, print_table
 from virnucpro_core.errors import ServiceError
+from virnucpro_core.queues import EXTRACT_QUEUE
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
@@ -29,7 +30,6 @@ RUNNING_SHOWN, ENDED_SHOWN, NEWEST_SHOWN = 50, 5, 5
 LEAST_JOBS = 3
 SILENT_SECONDS = 10.0  # a heartbeat that is older is worth a warning
 UNKNOWN = "-"
-EXTRACT_QUEUE = "extract"
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +241,3 @@ def list_setback(setback: RecentSetback) -> list[object]:
 def format_moment(moment: datetime) -> str:
     """`11-23 13:36:05`: what is shown is of these days."""
     return f"{moment.astimezone():%m-%d %H:%M:%S}"
-
-
-def format_seconds(seconds: float) -> str:
-    """`0:00:07`, `3:20:00`, `2 days, 3:20:00`."""
-    return str(timedelta(seconds=round(seconds)))

@@ -13,7 +13,6 @@ from sqlalchemy import Connection, Engine, Row
 from virnucpro_core.errors import ArtifactError, InputError, JobError
 from virnucpro_core.failures import Failure
 from virnucpro_core.features.manifests import ResultFile
-from virnucpro_core.features.matrices import open_matrix
 from virnucpro_core.htmlreport.lengths import Lengths, survey_lengths
 from virnucpro_core.htmlreport.sampling import Sample, take_sample
 from virnucpro_core.htmlreport.speed import Speed, measure_speed
@@ -29,7 +28,7 @@ from virnucpro_core.ledger.queries import (
     submissions_of,
 )
 from virnucpro_core.ledger.runs import ChunkRun, chunk_runs
-from virnucpro_core.ledger.transitions import MATRIX, MERGE
+from virnucpro_core.ledger.transitions import MERGE
 from virnucpro_core.ledger.work import (
     EXPORT,
     FAILURES,
@@ -40,7 +39,7 @@ from virnucpro_core.ledger.work import (
     export_name,
     file_name,
 )
-from virnucpro_core.roots import OUTPUT_ADVICE, resolve_below
+from virnucpro_core.records import find_result
 from virnucpro_core.sequences.chunks import ChunkRange
 from virnucpro_core.sequences.compression import Compression
 from virnucpro_core.sequences.scan import read_range
@@ -178,16 +177,14 @@ def choose_submission(told: Told, submission_id: int | None) -> SubmissionRow:
 
 def sample_rows(told: Told, settings: Settings, missing: list[str]) -> Sample | None:
     """A sample of the job's matrix; None, with the reason in `missing`, where there is none."""
-    row = next((row for row in told.artifacts if (row.stage, row.kind) == (MERGE, MATRIX)), None)
-    if row is None:
-        missing.append("The embeddings are not merged yet: nothing is said of them.")
-        return None
-    root = settings.output_root.resolve()
     try:
-        return take_sample(open_matrix(resolve_below(root / row.path, [root], todo=OUTPUT_ADVICE)))
+        result = find_result(settings, [row for row in told.artifacts if row.stage == MERGE])
+        if result is not None:
+            return take_sample(result)
+        missing.append("The embeddings are not merged yet: nothing is said of them.")
     except (ArtifactError, InputError) as error:
         missing.append(f"The embeddings cannot be read ({error.what}): nothing is said of them.")
-        return None
+    return None
 
 
 def measure_lengths(

@@ -150,14 +150,6 @@ class Airflow:
         """Whether Airflow's own health page calls a component healthy."""
         return is_healthy(self.url, component)
 
-    def log_in(self) -> httpx.Client:
-        """A client of the REST API (base /api/v2) with the user's token.
-
-        Raises:
-            ServiceError: the login was refused.
-        """
-        return log_in(self.url, self.secrets.read("airflow-admin"))
-
 
 def is_healthy(url: str, component: str) -> bool:
     """Whether the health page of the Airflow at `url` calls a component healthy."""

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from virnucpro_core.settings import PREFIX, Settings
+from virnucpro_core.settings import PREFIX, Settings, is_kept_in_file
 from virnucpro_core.stack.airflow import Airflow
 from virnucpro_core.stack.postgres import PostgresServer
 from virnucpro_core.stack.processes import LOOPBACK, Secrets, tied_to_parent, write_private
@@ -94,10 +94,9 @@ def metrics_program(port: int, environment: dict[str, str]) -> Program:
 
 def common_environment(settings: Settings, gpus: str) -> dict[str, str]:
     """The settings that hold no secret, for every program."""
-    plain = {
-        name for name in settings.model_fields_set if not name.endswith("_url") and name != "notifier_options"
+    values = {
+        name: str(getattr(settings, name)) for name in settings.model_fields_set if not is_kept_in_file(name)
     }
-    values = {name: str(getattr(settings, name)) for name in plain}
     # The programs run in another folder.
     values |= {name: str(Path(getattr(settings, name)).absolute()) for name in FOLDERS}
     values["input_roots"] = os.pathsep.join(str(root.absolute()) for root in settings.input_roots)

@@ -14,6 +14,7 @@ from sqlalchemy import Engine, func, select
 from virnucpro_core.errors import ServiceError
 from virnucpro_core.ledger.database import in_transaction, open_ledger, upgrade
 from virnucpro_core.ledger.queries import live_workers
+from virnucpro_core.queues import QUEUES
 from virnucpro_core.settings import Settings
 from virnucpro_core.stack.airflow import COMPONENTS
 from virnucpro_core.stack.composition import Composition, compose, provision
@@ -22,7 +23,6 @@ from virnucpro_core.stack.processes import make_private_folder, wait_until
 from virnucpro_core.stack.programs import FOLDERS, PROJECT, SERVICES
 from virnucpro_core.stack.supervisor import Supervisor
 
-QUEUES = {"extract", "finish"}
 SERVER_SECONDS = 60.0
 SERVICE_SECONDS = 240.0  # two slow cores import Airflow four times and torch twice
 
@@ -149,7 +149,7 @@ class Stack:
 def has_workers(ledger: Engine, since: datetime) -> bool:
     """Whether each queue has a worker that entered the ledger since then."""
     workers = in_transaction(ledger, live_workers)
-    return {worker.queue for worker in workers if worker.started_at >= since} >= QUEUES
+    return {worker.queue for worker in workers if worker.started_at >= since} >= set(QUEUES)
 
 
 def is_answering(url: str) -> bool:
