@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dags.links import page_path
-from dags.page.formats import format_bytes, format_duration, format_time
+from virnucpro_core.formats import format_bytes, format_duration, format_time
 
 FOLDER = Path(__file__).parent
 BUSY_SECONDS, IDLE_SECONDS = 2, 10  # between two questions

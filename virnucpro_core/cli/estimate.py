@@ -15,7 +15,6 @@ from virnucpro_core.cli.jobs import PANEL, RegisteredModelOption
 from virnucpro_core.cli.output import (
     AsJson,
     format_counts,
-    format_seconds,
     print_error,
     print_facts,
     print_json,
@@ -23,10 +22,13 @@ from virnucpro_core.cli.output import (
     show_progress,
 )
 from virnucpro_core.errors import InputError, ServiceError, SettingsError, WeightsError
+from virnucpro_core.formats import format_bytes, format_duration
 from virnucpro_core.settings import load_settings
 
 if TYPE_CHECKING:
     from virnucpro_core.estimates import Duration, FileEstimate, KnownJob
+
+HOUR = 3600.0  # seconds
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -39,10 +41,10 @@ def estimate(
     allow_nucleotides: NucleotidesAllowed = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what files will take: chunks, truncations, rejects, disk, and hours by the rates of earlier jobs.
+    """Tell what files will take: chunks, truncations, rejects, disk, and time by the rates of earlier jobs.
 
-    Reads each file once and writes nothing. Hours come from what this ledger's hosts have computed in the
-    configured precision; where nothing has run yet, there are none. Hours and disk are of files without a result;
+    Reads each file once and writes nothing. Times come from what this ledger's hosts have computed in the
+    configured precision; where nothing has run yet, there are none. Time and disk are of files without a result;
     one whose job is half done counts whole. Which records will not fit a GPU's memory, or kill their worker,
     cannot be foretold.
     """
@@ -90,9 +92,11 @@ def estimate(
         print_durations(durations, missing)
         if now is not None:
             print_facts(
-                {"time now": f"{format_hours(now.hours)} on all workers that live now ({now.workers})"}
+                {
+                    "time now": f"{format_duration(now.hours * HOUR)} on all workers that live now ({now.workers})"
+                }
             )
-        print_facts({"disk to come": f"at least {gigabytes(disk)}; {gigabytes(free)} are free"})
+        print_facts({"disk to come": f"at least {format_bytes(disk)}; {format_bytes(free)} are free"})
     if disk > free:
         print_note(f"There is not enough space below {settings.output_root}.")
     if errors:
@@ -175,7 +179,7 @@ def print_file(one: FileEstimate, job: KnownJob | None) -> None:
             "rejects": format_counts(one.rejects),
             "unknown residues": one.unknown,
             "disk": "at least "
-            + ", ".join(f"{gigabytes(size)} {name}" for name, size in one.disk.items() if size),
+            + ", ".join(f"{format_bytes(size)} {name}" for name, size in one.disk.items() if size),
         }
     )
     print()
@@ -186,23 +190,14 @@ def print_durations(durations: list[Duration], missing: str) -> None:
         print_facts({"time": missing})
     for duration in durations:
         rate = duration.rate
-        now = (
-            f", {format_hours(duration.hours_now)} on all of its kind that live there now ({rate.workers_now})"
-            if duration.hours_now is not None
-            else ""
-        )
+        time = f"{format_duration(duration.hours * HOUR)} on one worker of {rate.host}"
+        if duration.hours_now is not None:
+            now = format_duration(duration.hours_now * HOUR)
+            time += f", {now} on all of its kind that live there now ({rate.workers_now})"
         print_facts(
             {
-                "time": f"{format_hours(duration.hours)} on one worker of {rate.host}{now}",
+                "time": time,
                 "  by": f"{rate.tokens_per_second:,.0f} tokens/s (chunks: {rate.chunks:,}, jobs: {rate.jobs:,}), "
                 f"{rate.model} in {rate.execution['dtype']} on {rate.execution['hardware']}",
             }
         )
-
-
-def format_hours(hours: float) -> str:
-    return format_seconds(hours * 3600)
-
-
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"

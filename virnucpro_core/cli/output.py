@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,11 +88,6 @@ def format_value(value: object) -> str:
             return value.astimezone().strftime("%Y-%m-%d %H:%M:%S")
         case _:
             return escape(str(value))
-
-
-def format_seconds(seconds: float) -> str:
-    """`0:00:07`, `3:20:00`, `2 days, 3:20:00`."""
-    return str(timedelta(seconds=round(seconds)))
 
 
 def format_counts(counts: Mapping[str, int]) -> str:

@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from virnucpro_core.cli.connections import connect
-from virnucpro_core.cli.output import format_seconds, format_value, print_note, print_table
+from virnucpro_core.cli.output import format_value, print_note, print_table
 from virnucpro_core.errors import ServiceError
+from virnucpro_core.formats import format_duration
 from virnucpro_core.queues import EXTRACT_QUEUE
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def list_job(job: JobOverview, is_worked_on: bool) -> list[object]:
     share = job.residues_done / job.residues if job.residues else 1.0
     left = UNKNOWN
     if job.seconds_left is not None:
-        left = format_seconds(job.seconds_left) if is_worked_on else "no worker"
+        left = format_duration(job.seconds_left) if is_worked_on else "no worker"
     return [
         f"{job.id} {job.stem or ''}",
         job.stage if job.state == "running" else job.state,
@@ -193,7 +194,7 @@ def list_worker(worker: WorkerOverview) -> list[object]:
     return [
         shorten_node(worker.node),
         chunk,
-        UNKNOWN if worker.chunk_seconds is None else format_seconds(worker.chunk_seconds),
+        UNKNOWN if worker.chunk_seconds is None else format_duration(worker.chunk_seconds),
         UNKNOWN if worker.tokens_per_second is None else f"{worker.tokens_per_second:,.0f}",
         UNKNOWN if used is None or total is None else f"{used / 2**30:.1f} of {total / 2**30:.0f} GiB",
         f"{worker.heartbeat_seconds:.0f} s ago{' (silent)' if silent else ''}",

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from datetime import UTC, datetime
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from virnucpro_core.formats import format_time
 from virnucpro_core.htmlreport.charts import draw_lengths, draw_norms, draw_projection, draw_speed
 from virnucpro_core.htmlreport.contents import Contents
 from virnucpro_core.htmlreport.sampling import SEED
@@ -59,11 +59,6 @@ def as_link(picture: bytes) -> str:
 def format_number(value: float | None, digits: int = 0) -> str:
     """`12,345`; a hyphen for None."""
     return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def format_time(value: datetime) -> str:
-    """A time to the second, in UTC: the page knows nothing of its reader's clock."""
-    return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def flatten(value: object, name: str = "") -> list[tuple[str, str]]:

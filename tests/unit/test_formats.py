@@ -1,4 +1,4 @@
-"""How the page writes durations, sizes and times."""
+"""How durations, sizes and times are written for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from dags.page.formats import format_bytes, format_duration, format_time
+from virnucpro_core.formats import format_bytes, format_duration, format_time
 
 pytestmark = pytest.mark.unit
 

@@ -1,4 +1,4 @@
-"""How the page writes durations, sizes and times."""
+"""How durations, sizes and times are written for people: by commands, the page in Airflow, and reports."""
 
 from __future__ import annotations
 
