@@ -206,7 +206,7 @@ class Settings(BaseSettings):
             raise SettingsError(
                 "no database is named",
                 where=f"{PREFIX}DATABASE_URL",
-                todo="Run this where a stack is up (`make up` starts one), or set it to a PostgreSQL URL.",
+                todo="Run this in the folder of a running stack (`make up` starts one), or set it to a PostgreSQL URL.",
             )
         scheme, separator, rest = secret.get_secret_value().partition("://")
         if not separator or scheme.split("+")[0] not in ("postgresql", "postgres"):
@@ -229,7 +229,7 @@ class Settings(BaseSettings):
             raise SettingsError(
                 "no broker is named",
                 where=f"{PREFIX}BROKER_URL",
-                todo="Run this where a stack is up (`make up` starts one), or set it to a redis:// URL.",
+                todo="Run this in the folder of a running stack (`make up` starts one), or set it to a redis:// URL.",
             )
         url = self.broker_url.get_secret_value()
         if not is_url(url):

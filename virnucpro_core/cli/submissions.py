@@ -195,7 +195,10 @@ def check_outcome(status: JobStatus, file: Path, max_failed_share: float) -> boo
             )
         )
     elif error := max(submissions, key=lambda one: one.submitted_at).error:
-        print_error(JobError(f"job {status.job}'s nucleotides were not merged: {error}", where=str(file)))
+        todo = "Correct the file of nucleotides, and submit both again."
+        print_error(
+            JobError(f"job {status.job}'s nucleotides were not merged: {error}", where=str(file), todo=todo)
+        )
     else:
         return True
     return False
