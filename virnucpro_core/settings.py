@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -158,7 +158,12 @@ class Settings(BaseSettings):
     )
 
     lease_seconds: float = Field(15.0, gt=0, description="A worker silent for longer loses its chunk.")
-    heartbeat_seconds: float = Field(3.0, gt=0, description="Time between a worker's heartbeats.")
+    heartbeat_seconds: float = Field(
+        3.0,
+        gt=0,
+        validate_default=True,
+        description="Time between a worker's heartbeats; less than the lease, which several should fit into.",
+    )
     stuck_seconds: float = Field(
         600.0, gt=0, description="A worker whose progress stands still for longer is stuck."
     )
@@ -178,6 +183,16 @@ class Settings(BaseSettings):
     @classmethod
     def split_folders(cls, value: object) -> object:
         return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
+
+    @field_validator("heartbeat_seconds")
+    @classmethod
+    def keep_lease_alive(cls, value: float, others: ValidationInfo) -> float:
+        lease = others.data.get("lease_seconds")  # not there if it is wrong itself
+        if lease is not None and value >= lease:
+            raise ValueError(
+                f"workers would lose each chunk: the lease of {lease:g} s ends before {value:g} s"
+            )
+        return value
 
     @field_validator("notifier_options", mode="before")
     @classmethod

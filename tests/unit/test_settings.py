@@ -99,3 +99,16 @@ def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="VIRNUCPRO_MAX_EXPANSION"):
         load_settings()
     load_settings.cache_clear()
+
+
+@pytest.mark.parametrize(("lease", "heartbeat"), [("2", None), ("60", "60")])
+def test_a_lease_that_no_heartbeat_keeps_alive_is_refused(
+    lease: str, heartbeat: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIRNUCPRO_LEASE_SECONDS", lease)
+    if heartbeat is not None:
+        monkeypatch.setenv("VIRNUCPRO_HEARTBEAT_SECONDS", heartbeat)
+    load_settings.cache_clear()
+    with pytest.raises(SettingsError, match=r"would lose each chunk") as caught:
+        load_settings()
+    assert "VIRNUCPRO_HEARTBEAT_SECONDS" in caught.value.where
