@@ -22,9 +22,9 @@ IN_PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 .PHONY: help setup run up down secrets lint docs test test-system screenshots compose-test test-gpu chaos fuzz bench bench-gpu
 
 help:
-	@echo "make run          set up, start everything, embed $$FASTA, print a summary, stop"
+	@echo "make run          set up, start everything, embed FASTA=$$FASTA, print a summary, stop"
 	@echo 'make test         set up, then every check and test that needs no GPU, root or browser'
-	@echo 'make setup        .venv with the pinned dependencies'
+	@echo 'make setup        .venv with the pinned dependencies; PYTHON=python3.12 and TORCH_INDEX=url choose others'
 	@echo 'make up, down     start the stack and keep it; stop it'
 	@echo 'make secrets      what docker-compose.yml needs before its first start (docs/operations.md)'
 	@echo 'make lint         style, types, and which room may import which'
@@ -79,6 +79,7 @@ screenshots: $(INSTALLED)
 # Needs no .venv: a host that only runs containers has none.
 secrets:
 	@$(PYTHON) deploy/make_secrets.py
+	@echo 'next: docker compose build, then docker compose up -d (docs/operations.md)'
 
 # Here the tests are the purpose: without Docker they fail, where test-system skips them.
 compose-test: $(INSTALLED)
