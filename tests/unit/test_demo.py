@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ import httpx
 import pytest
 from rich.console import Console
 
-from virnucpro_core.errors import ServiceError
+from virnucpro_core.errors import InputError, NucleotideInputError, ServiceError
+from virnucpro_core.settings import load_settings
 from virnucpro_core.stack import demo
 
 pytestmark = pytest.mark.unit
@@ -57,3 +59,21 @@ def test_a_job_that_appears_and_changes_stage_and_state_is_progress(follow: Foll
 def test_standstill_is_an_error(follow: Follow, seen: SimpleNamespace | None) -> None:
     with pytest.raises(ServiceError, match=r"no progress for 0 s \[one\]"):
         follow(seen for _ in range(LOOKS))
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [(b">a\n" + b"ACGT" * 30, NucleotideInputError), (b"", InputError), (None, InputError)],
+)
+def test_a_file_that_cannot_be_used_is_refused_before_anything_is_started(
+    content: bytes | None, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    load_settings.cache_clear()
+    fasta = tmp_path / "input.fasta"
+    if content is not None:
+        fasta.write_bytes(content)
+    with pytest.raises(error):
+        demo.run_demo(fasta, state_folder=tmp_path / "state", console=Console(file=StringIO()))
+    assert {path.name for path in tmp_path.iterdir()} <= {fasta.name}
+    load_settings.cache_clear()

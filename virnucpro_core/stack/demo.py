@@ -16,8 +16,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sqlalchemy import Connection, Engine, Row
 
-from virnucpro_core.errors import InputError, JobError, ServiceError
-from virnucpro_core.features.files import hash_file
+from virnucpro_core.errors import JobError, ServiceError
+from virnucpro_core.estimates import estimate_file
 from virnucpro_core.features.manifests import Manifest, find_faults, read_manifest
 from virnucpro_core.ledger.database import in_transaction, open_ledger
 from virnucpro_core.ledger.queries import find_job, find_submission, get_job
@@ -49,15 +49,16 @@ def run_demo(fasta: Path, *, state_folder: Path = STATE_FOLDER, console: Console
         0 if the job succeeded and its result is valid, else 1.
 
     Raises:
-        InputError: there is no such file.
+        InputError: the file cannot be used; nothing was started.
         OutsideError: a stack that runs already does not read from the file's folder.
         ServiceError: a part of the stack did not start or did not answer in time.
     """
     from virnucpro_core.embedding.demonstration import write_demo_weights
 
     console = console or Console()
-    if not fasta.is_file():
-        raise InputError("there is no such file", where=str(fasta), todo="Name a FASTA file.")
+    settings = read_also(load_settings(), fasta)
+    with console.status(f"reading {fasta.name}"):  # what cannot be used is told before anything is started
+        sha256 = estimate_file(fasta, settings).sha256
     checkpoint = write_demo_weights(load_settings().model_root / MODEL)
     console.print(
         Panel(
@@ -67,7 +68,6 @@ def run_demo(fasta: Path, *, state_folder: Path = STATE_FOLDER, console: Console
             style="bold yellow",
         )
     )
-    settings = read_also(load_settings(), fasta)
     with interrupted_by_sigterm(), running_stack(settings, state_folder, console) as description:
         resolve_below(fasta, load_settings().input_folders)
         ledger = open_ledger(load_settings().database_url_for("owner"))
@@ -77,10 +77,10 @@ def run_demo(fasta: Path, *, state_folder: Path = STATE_FOLDER, console: Console
             started = time.time()
             with log_in(description.urls["Airflow"], password) as airflow:
                 run = trigger(airflow, fasta.absolute())
-                state = follow(airflow, run, ledger, hash_file(fasta), console)
+                state = follow(airflow, run, ledger, sha256, console)
                 if state == "failed":
                     show_failed_tasks(airflow, run, console)
-            return summarise(ledger, fasta.absolute(), state, started, console)
+            return summarise(ledger, fasta.absolute(), sha256, state, started, console)
         finally:
             ledger.dispose()
 
@@ -183,7 +183,10 @@ def show_failed_tasks(airflow: httpx.Client, run: str, console: Console) -> None
         )
         log = f"/dags/{DAG}/dagRuns/{run}/taskInstances/{task['task_id']}/logs/{task['try_number']}"
         content = ask(airflow, "GET", f"{log}?map_index={task['map_index']}")["content"]
-        for event in content[-LOG_EVENTS:]:
+        said = [
+            event for event in content if not event["event"].startswith("::")
+        ]  # which folds the log in a page
+        for event in said[-LOG_EVENTS:]:
             errors = [
                 f"{error['exc_type']}: {error['exc_value']}" for error in event.get("error_detail") or ()
             ]
@@ -221,13 +224,15 @@ def find_demo_job(ledger: Engine, sha256: str) -> Row[Any] | None:
     return in_transaction(ledger, find)
 
 
-def summarise(ledger: Engine, fasta: Path, run_state: str, started: float, console: Console) -> int:
+def summarise(
+    ledger: Engine, fasta: Path, sha256: str, run_state: str, started: float, console: Console
+) -> int:
     """Print what became of a file; returns the exit code.
 
     Raises:
         JobError: the run ended without a job for it.
     """
-    job = find_demo_job(ledger, hash_file(fasta))
+    job = find_demo_job(ledger, sha256)
     if job is None:
         raise JobError(
             f"the DAG run ended as {run_state!r} without a job",
