@@ -69,7 +69,7 @@ def test_submitting_twice_registers_one_job(
     assert (row.path, row.stem, row.max_failed_share) == (str(small_fasta), "small", 0.5)
     assert row.requested_by
     listed = virnucpro("status", "--json").json()
-    assert [(job["id"], job["stem"], job["state"]) for job in listed] == [(first["job"], "small", "running")]
+    assert [(job["job"], job["stem"], job["state"]) for job in listed] == [(first["job"], "small", "running")]
 
 
 def test_submit_needs_a_registered_model(pipeline: Pipeline, virnucpro: Command, small_fasta: Path) -> None:

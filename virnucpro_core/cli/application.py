@@ -47,7 +47,8 @@ EPILOG = "\n\n".join(["Exit codes:", *(f"- {code}: {meaning}" for code, meaning 
 
 app = typer.Typer(
     name="virnucpro",
-    help="FastESM2 protein features for VirNucPro: from FASTA files to validated embeddings.",
+    help="FastESM2 protein features for VirNucPro: from FASTA files to validated embeddings.\n\n"
+    "`virnucpro up` starts, in this folder, all that the commands about jobs need; `virnucpro demo` shows it at work.",
     epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,

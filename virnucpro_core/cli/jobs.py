@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 PANEL = "Jobs"
 JOB_COLUMNS = (
-    "id",
     "stem",
     "state",
     "stage",
@@ -96,11 +95,11 @@ def status(
             print_json(asdict(told)) if as_json else print_status(told)
             return
         jobs, workers = in_transaction(ledger, lambda tx: (list_jobs(tx), live_workers(tx)))
-    rows = [{column: getattr(row, column) for column in JOB_COLUMNS} for row in jobs]
+    rows = [{"job": row.id} | {column: getattr(row, column) for column in JOB_COLUMNS} for row in jobs]
     if as_json:
         print_json(rows)
         return
-    print_table(JOB_COLUMNS, [list(row.values()) for row in rows])
+    print_table(["job", *JOB_COLUMNS], [list(row.values()) for row in rows])
     if any(row.state == "running" for row in jobs) and not workers:
         print_note("No worker is running: `virnucpro worker` starts one, `virnucpro up` the whole stack.")
 

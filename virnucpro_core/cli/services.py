@@ -26,7 +26,7 @@ GpusOption = Annotated[
     ),
 ]
 
-database = typer.Typer(no_args_is_help=True, help="The ledger's schema.")
+database = typer.Typer(no_args_is_help=True, help="Bring the ledger's schema up to date.")
 
 
 def add_commands(app: typer.Typer) -> None:
