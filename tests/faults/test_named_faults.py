@@ -1,5 +1,5 @@
 """Every promise is kept, fault by fault: after each schedule the result has the same bytes, every chunk was committed
-once, and nothing is left over. docs/promises.md names these tests; `make chaos` runs them."""
+once, and nothing is left over. README's table names these tests; `make chaos` runs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The promises name tests that exist."""
+"""The README names tests that exist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMED = re.compile(r"`(?P<file>[\w/…]+(?:\.py)?)::(?P<test>test_\w+)`")
 
 
 def test_every_promise_names_a_test_that_exists() -> None:
-    text = (PROJECT / "docs" / "promises.md").read_text()
+    text = (PROJECT / "README.md").read_text()
     table = text.partition("## What is promised under which fault")[2].partition("\n## ")[0]
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 20
