@@ -98,6 +98,13 @@ def test_output_that_is_no_regular_file_is_left_alone(virnucpro: Command, tmp_pa
     assert pipe.is_fifo()
 
 
+def test_extract_does_not_replace_its_input(virnucpro: Command, tmp_path: Path) -> None:
+    (fasta := tmp_path / "in.fasta").write_text(">a\nMKV\n")
+    ended = virnucpro("extract", fasta, "-o", tmp_path / "." / "in.fasta", "--model", tmp_path / "missing")
+    assert (ended.code, "would replace its own input" in ended.err) == (2, True), ended.err
+    assert fasta.read_text() == ">a\nMKV\n"
+
+
 def test_two_forms_at_once_are_refused(virnucpro: Command) -> None:
     ended = virnucpro("failures", "1", "--csv", "--json")
     assert (ended.code, "not both" in ended.err) == (2, True)
