@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +160,7 @@ def ask_ledger(tx: Connection, job_id: int) -> Told:
         chunks=chunk_ranges(tx, job_id),
         runs=chunk_runs(tx, job_id),
         failures=failure_counts(tx, job_id),
-        first_failures=list(islice(failures_of(tx, job_id, limit=SHOWN_FAILURES), SHOWN_FAILURES)),
+        first_failures=list(failures_of(tx, job_id, limit=SHOWN_FAILURES)),
     )
 
 
