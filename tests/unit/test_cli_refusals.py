@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -45,6 +46,21 @@ def test_output_that_cannot_be_written_is_said_in_words(arguments: tuple[str, ..
         ["error: the system refuses to go on: No space left on device", "  where: standard output"],
     )
     assert len(told.splitlines()) == 3, told
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_output_is_utf_8_wherever_it_is_written(encoding: str) -> None:
+    """An id or a name that a terminal's encoding lacks would end a list of failures in its middle."""
+    name = "caf\xe9 \u540d \U0001f9ec.pt"
+    ended = subprocess.run(
+        [*MAIN, "validate", name, b"\xff.pt", "--json"],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stderr.decode()) == (6, "")
+    assert [found["path"] for found in json.loads(ended.stdout)] == [name, "\udcff.pt"]
 
 
 def test_reader_that_leaves_is_no_error() -> None:

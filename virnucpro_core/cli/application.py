@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import sys
+from io import TextIOWrapper
 
 import typer
 
@@ -66,6 +67,10 @@ def begin(context: typer.Context) -> None:
 
 def main() -> None:
     """Run the command line; the process ends here, with one of `EXIT_CODES`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A terminal's own encoding may lack what is in an id: a list would end there, in its middle.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         try:
             app()
