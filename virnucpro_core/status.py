@@ -136,7 +136,7 @@ def read_status(tx: Connection, job_id: int) -> JobStatus:
                 nucleotide_path=submission.nucleotide_path,
                 requested_by=submission.requested_by,
                 max_failed_share=submission.max_failed_share,
-                too_many_failed=job.failed > submission.max_failed_share * job.records,
+                too_many_failed=job.failed / job.records > submission.max_failed_share,
                 folder=submission.folder(job.input_sha256, job.recipe_sha256),
                 error=submission.error,
                 submitted_at=submission.submitted_at,

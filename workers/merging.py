@@ -48,6 +48,10 @@ def merge(ledger: Engine, work: Work, settings: Settings) -> Outcome:
     for submission in in_transaction(ledger, submissions_of, work.job_id):
         if not submission.nucleotide_path:
             continue
+        kept = keep_merged(made, submission, work, settings)
+        if kept is not None:
+            artifacts.append(kept)
+            continue
         try:
             nucleotides = read_submitted(submission, settings)
             merged = merge_features(
@@ -77,6 +81,20 @@ def keep_exports(made: Sequence[ArtifactRow], matrix: Matrix, settings: Settings
     rows = [row for row in made if row.kind == EXPORT]
     complete = sum(row.rows for row in rows) == len(matrix)
     return [as_new(row) for row in rows] if complete and not find_unsound(rows, settings) else []
+
+
+def keep_merged(
+    made: Sequence[ArtifactRow], submission: SubmissionRow, work: Work, settings: Settings
+) -> NewArtifact | None:
+    """What a submission's nucleotides were merged to before, if it was published and is sound.
+
+    Without this, a later submission would take it away where the nucleotides' file is gone by now.
+    """
+    if submission.published_generation != work.generation:
+        return None  # its nucleotides may be others than those that were merged
+    name = file_name(MERGED, submission.id)
+    rows = [row for row in made if Path(row.path).name == name]
+    return as_new(rows[0]) if rows and not find_unsound(rows, settings) else None
 
 
 def merge_rows(ledger: Engine, work: Work, settings: Settings) -> NewArtifact:

@@ -23,7 +23,7 @@ class Publication:
         folder: where they are published.
         stem: what their names begin with.
         exports: the embeddings, in the order of their rows.
-        merged: nucleotide and protein features; None without nucleotides.
+        merged: nucleotide and protein features; None without nucleotides, or where they were not merged.
         failures: the records without an embedding; None if there are none.
         report: the page for people; None if it could not be made.
         manifest: what says that all this belongs together.
@@ -49,8 +49,7 @@ class Publication:
         except (ArtifactError, OSError) as error:
             # What it tells of is sound, and `verify` says that it is missing.
             log.warning("report_not_published", folder=str(self.folder), reason=str(error))
-        if self.merged is not None:
-            publish(self.merged, self.folder / (self.stem + SUFFIXES[MERGED]))
+        self._publish_or_remove(self.merged, self.stem + SUFFIXES[MERGED])
         publish_result(
             self.exports,
             self.folder / f"{self.stem}_ESM.pt",

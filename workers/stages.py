@@ -142,6 +142,8 @@ def validate(ledger: Engine, work: Work, settings: Settings) -> Outcome:
                 manifest=manifest.path,
             )
         )
+    # Submissions may share a folder: one without merged features removes what was there, so it comes first.
+    publications.sort(key=lambda publication: publication.merged is not None)
     result = Result(
         artifacts=artifacts,
         seconds=time.perf_counter() - started,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.jobs import resume
-from virnucpro_core.ledger.queries import ArtifactRow, artifacts_of
+from virnucpro_core.ledger.queries import ArtifactRow, artifacts_of, submissions_of
 from virnucpro_core.ledger.retention import remove_chunks
+from virnucpro_core.verification import find_files, verify_job
 
 if TYPE_CHECKING:
     from tests.fixtures_pipeline import Pipeline
@@ -94,3 +97,63 @@ def test_rotten_matrix_is_noticed_when_nucleotides_come_late(
     assert pipeline.job(old_job).state == "succeeded"
     assert [row.sha256 for row in merged(pipeline, old_job, "matrix")] == [matrix.sha256]
     assert all(now != then for now, then in zip(claims(pipeline), before, strict=True))
+
+
+def test_late_nucleotides_take_nothing_from_those_that_were_merged_before(
+    pipeline: Pipeline,
+    run_chunks: Callable[[str], None],
+    old_job: int,
+    small_fasta: Path,
+    nucleotides: Path,
+) -> None:
+    pipeline.submit(small_fasta, nucleotides=nucleotides, label="viral")
+    for stage in STAGES[1:]:
+        run_chunks(stage)
+    [first] = merged(pipeline, old_job, "merged")
+    nucleotides.unlink()  # as they are not needed any more
+    late = nucleotides.with_name("late_DNABERT_S.pt")
+    torch.save({"nucleotide": ["x"], "data": [{"mean_representation": [0.0] * 768}]}, late)
+    pipeline.submit(small_fasta, nucleotides=late)
+    for stage in STAGES[1:]:
+        run_chunks(stage)
+    errors = [row.error for row in in_transaction(pipeline.ledger, submissions_of, old_job)]
+    assert [error is None for error in errors] == [True, True, False]
+    assert [row.sha256 for row in merged(pipeline, old_job, "merged")] == [first.sha256]
+    files = in_transaction(pipeline.ledger, find_files, pipeline.settings.output_root, old_job)
+    published = pipeline.published(old_job, 1) / "small_merged.pt"
+    assert files.published[str(published.relative_to(pipeline.settings.output_root))] == {first.sha256}
+
+
+def test_merged_file_of_an_older_generation_is_not_left_with_the_new_result(
+    pipeline: Pipeline, run_chunks: Callable[[str], None], small_fasta: Path, nucleotides: Path
+) -> None:
+    job_id = pipeline.submit(small_fasta, nucleotides=nucleotides).job_id
+    for stage in STAGES:
+        run_chunks(stage)
+    folder = pipeline.published(job_id)
+    assert (folder / "small_merged.pt").exists()
+    nucleotides.unlink()
+    pipeline.submit(small_fasta, force=True)
+    for stage in STAGES:
+        run_chunks(stage)
+    assert pipeline.job(job_id).generation == 2
+    [error, _] = [row.error for row in in_transaction(pipeline.ledger, submissions_of, job_id)]
+    assert "No such file" in str(error)
+    assert (folder / "small_ESM.pt").exists()
+    assert not (folder / "small_merged.pt").exists()
+
+
+def test_merged_file_stays_where_one_of_two_equal_submissions_lost_its_nucleotides(
+    pipeline: Pipeline, run_chunks: Callable[[str], None], small_fasta: Path, nucleotides: Path
+) -> None:
+    again = shutil.copytree(small_fasta.parent, small_fasta.parent / "again")
+    job_id = pipeline.submit(small_fasta, nucleotides=nucleotides).job_id
+    pipeline.submit(again / small_fasta.name, nucleotides=again / nucleotides.name)
+    (again / nucleotides.name).unlink()
+    for stage in STAGES:
+        run_chunks(stage)
+    errors = [row.error for row in in_transaction(pipeline.ledger, submissions_of, job_id)]
+    assert [error is None for error in errors] == [True, False]
+    assert pipeline.published(job_id) == pipeline.published(job_id, 1)
+    assert (pipeline.published(job_id) / "small_merged.pt").exists()
+    assert verify_job(pipeline.ledger, pipeline.settings.output_root, job_id).passed

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import Connection
 
+from tests import ledger_jobs as jobs
 from virnucpro_core.htmlreport import contents
 from virnucpro_core.htmlreport.lengths import Lengths, survey_lengths
 from virnucpro_core.ledger.database import in_transaction
@@ -116,6 +118,17 @@ def test_input_is_read_once_for_the_reports_of_all_submissions(
         assert shown == [f"{submission.stem}_ESM.pt"]
 
 
+def test_of_many_failures_the_first_are_read_and_no_cursor_stays_open(
+    tx: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contents, "SHOWN_FAILURES", 2)
+    job_id = jobs.register(tx, jobs.scan(chunks=3)).job_id
+    jobs.run_job(tx, job_id, jobs.start_worker(tx), failures=1)
+    told = contents.ask_ledger(tx, job_id)  # a cursor that is left open is told of by psycopg, as a warning
+    assert [failure.record for failure in told.first_failures] == [1, 11]
+    assert sum(told.failures.values()) == 3
+
+
 def test_broken_report_fails_no_job(
     pipeline: Pipeline, virnucpro: Command, small_fasta: Path, tmp_path: Path
 ) -> None:
@@ -129,8 +142,8 @@ def test_broken_report_fails_no_job(
     (pipeline.published(unpublished) / "other.report.html").mkdir(parents=True)
     pipeline.start_relay()
     pipeline.start_workers()
-    jobs = [pipeline.wait_for(job) for job in (unwritten, unpublished)]
-    assert [(job.state, job.error) for job in jobs] == [("succeeded", None)] * 2
+    ended = [pipeline.wait_for(job) for job in (unwritten, unpublished)]
+    assert [(job.state, job.error) for job in ended] == [("succeeded", None)] * 2
     assert "report_not_made" in pipeline.logs()
     assert "report_not_published" in pipeline.logs()
     assert {path.name for path in pipeline.published(unwritten).iterdir()} == {
@@ -142,9 +155,9 @@ def test_broken_report_fails_no_job(
 
     # both are seen
     assert "report:    not made" in virnucpro("status", unwritten).out
-    ended = virnucpro("verify", unpublished)
-    assert ended.code == 6
-    assert "other.report.html: it cannot be read" in ended.out
+    verified = virnucpro("verify", unpublished)
+    assert verified.code == 6
+    assert "other.report.html: it cannot be read" in verified.out
     # and mended
     (pipeline.published(unpublished) / "other.report.html").rmdir()
     virnucpro("retry", unpublished)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -45,6 +46,21 @@ def test_output_that_cannot_be_written_is_said_in_words(arguments: tuple[str, ..
         ["error: the system refuses to go on: No space left on device", "  where: standard output"],
     )
     assert len(told.splitlines()) == 3, told
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_output_is_utf_8_wherever_it_is_written(encoding: str) -> None:
+    """An id or a name that a terminal's encoding lacks would end a list of failures in its middle."""
+    name = "caf\xe9 \u540d \U0001f9ec.pt"
+    ended = subprocess.run(
+        [*MAIN, "validate", name, b"\xff.pt", "--json"],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stderr.decode()) == (6, "")
+    assert [found["path"] for found in json.loads(ended.stdout)] == [name, "\udcff.pt"]
 
 
 def test_reader_that_leaves_is_no_error() -> None:
@@ -96,6 +112,13 @@ def test_output_that_is_no_regular_file_is_left_alone(virnucpro: Command, tmp_pa
     ended = virnucpro("merge", "a.pt", "b.pt", "-o", pipe)
     assert (ended.code, "no regular file" in ended.err) == (6, True)
     assert pipe.is_fifo()
+
+
+def test_extract_does_not_replace_its_input(virnucpro: Command, tmp_path: Path) -> None:
+    (fasta := tmp_path / "in.fasta").write_text(">a\nMKV\n")
+    ended = virnucpro("extract", fasta, "-o", tmp_path / "." / "in.fasta", "--model", tmp_path / "missing")
+    assert (ended.code, "would replace its own input" in ended.err) == (2, True), ended.err
+    assert fasta.read_text() == ">a\nMKV\n"
 
 
 def test_two_forms_at_once_are_refused(virnucpro: Command) -> None:

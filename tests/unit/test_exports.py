@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import itertools
 import os
 import pickle
 import resource
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +21,8 @@ from hypothesis import strategies as st
 
 from tests.rows import make_rows
 from virnucpro_core.errors import ArtifactError, MismatchError
-from virnucpro_core.features.exports import export_names, read_pt, write_export, write_pt
-from virnucpro_core.features.files import hash_file
+from virnucpro_core.features.exports import export_names, load_pt, read_pt, write_export, write_pt
+from virnucpro_core.features.files import hash_file, is_unreadable
 from virnucpro_core.features.matrices import Matrix, open_matrix, write_matrix
 
 pytestmark = pytest.mark.unit
@@ -200,3 +204,48 @@ def test_an_archive_that_unpacks_to_more_than_itself_is_refused(tmp_path: Path) 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="missing"):
         read_pt(tmp_path / "x.pt")
+
+
+class AilingFile(io.FileIO):
+    """A file of which one read fails, the `failing`-th."""
+
+    failing = reads = 0
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._count()
+        return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        self._count()
+        return super().readall()
+
+    def _count(self) -> None:
+        self.reads += 1
+        if self.reads == self.failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def load_with_a_failing_read(path: Path, failing: int) -> ArtifactError | None:
+    raw = AilingFile(path)
+    raw.failing = failing
+    with io.BufferedReader(raw) as file:
+        try:
+            load_pt(path, {"proteins", "data"}, file=file)
+        except ArtifactError as error:
+            return error
+    return None
+
+
+def test_one_read_that_fails_is_no_damage(tmp_path: Path) -> None:
+    path = write_pt(tmp_path / "x_ESM.pt", ["a", "b"], make_rows(2)).path
+    tries = (load_with_a_failing_read(path, failing) for failing in itertools.count(1))
+    errors = list(itertools.takewhile(lambda error: error is not None, tries))
+    assert len(errors) > 10
+    assert {str(error) for error in errors if error and not is_unreadable(error)} == set()
+
+
+def test_a_file_too_short_for_an_archive_is_damaged(tmp_path: Path) -> None:
+    (path := tmp_path / "x_ESM.pt").write_bytes(b"PK")
+    with pytest.raises(ArtifactError, match=r"not a usable \.pt file") as caught:
+        read_pt(path)
+    assert not is_unreadable(caught.value)

@@ -76,13 +76,20 @@ def test_strict_policy_names_letter_and_position() -> None:
 
 
 @pytest.mark.parametrize("policy", ["unknown", "strict"])
-@pytest.mark.parametrize("byte", [0, 1, 0x1F, ord("1"), ord("@"), ord(">"), 0x7F, 0x80, 0xFF])
+@pytest.mark.parametrize("byte", [0, 1, 0x1F, ord("1"), ord("@"), 0x7F, 0x80, 0xFF])
 def test_bytes_that_are_no_letters_fail_the_record(byte: int, policy: ResiduePolicy) -> None:
     failure = parse_one(b">a\nMK\nL" + bytes([byte]) + b"V\n", policy)
     assert isinstance(failure, Failure)
     assert failure.reason is FailureReason.INVALID_RESIDUE
     shown = f"'{chr(byte)}'" if 32 < byte < 127 else f"byte 0x{byte:02x}"
     assert failure.detail == f"{shown} at residue 4 is not an amino acid"
+
+
+def test_record_that_swallowed_the_next_one_says_so() -> None:
+    """As when files are put together of which one does not end in a line feed."""
+    [failure] = parse_records(b">a\nMK\nLV>b\nMK\n>c\nMK\n", first_record=1).failures
+    assert (failure.id, failure.reason) == ("a", FailureReason.INVALID_RESIDUE)
+    assert failure.detail == "'>' at residue 5: does a record begin there, on the line where this one ends?"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -204,6 +205,14 @@ def test_what_is_not_there_is_left_out() -> None:
     page = render(contents_of(sample=take_sample(matrix_of(0))))
     assert "There are none." in page
     assert 'id="projection"' not in page
+
+
+@pytest.mark.parametrize(("failed", "too_many"), [(29, False), (30, True)])
+def test_exactly_the_allowed_share_of_failures_is_no_warning(failed: int, too_many: bool) -> None:
+    told = contents_of(50)  # of 100 records
+    told.job.failed = failed
+    page = render(replace(told, submission=replace(told.submission, max_failed_share=0.29)))
+    assert ("More records failed than were allowed" in page) == too_many
 
 
 def test_records_that_are_all_alike_have_a_page() -> None:

@@ -265,6 +265,19 @@ def test_other_nucleotide_files_are_refused(tmp_path: Path, content: object) -> 
     assert caught.value.where == str(tmp_path / "n.pt")
 
 
+@pytest.mark.parametrize("side", ["x_DNABERT_S.pt", "x_ESM.pt"])
+def test_the_merged_file_replaces_neither_of_its_sides(tmp_path: Path, side: str) -> None:
+    sides = (
+        write_nucleotides(tmp_path / "x_DNABERT_S.pt", "a", make_rows(1, 768)),
+        write_pt(tmp_path / "x_ESM.pt", ["a"], make_rows(1)).path,
+    )
+    before = hash_file(tmp_path / side)
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(SettingsError, match="would replace its own input"):
+        merge_data(*sides, tmp_path / "link" / side)
+    assert hash_file(tmp_path / side) == before
+
+
 def test_a_protein_row_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     write_nucleotides(tmp_path / "n.pt", ["a", "b"], make_rows(2, 768))
     proteins = make_rows(2)

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -56,16 +57,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (
-    files,
-    weights,
-    estimate,
-    submissions,
-    jobs,
-    explain,
-    services,
-    health,
-):  # as --help lists them
+# --help lists them in this order.
+for module in (files, weights, estimate, submissions, jobs, explain, services, health):
     module.add_commands(app)
 
 
@@ -90,6 +83,10 @@ def begin(
 
 def main() -> None:
     """Run the command line; the process ends here, with one of `EXIT_CODES`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A terminal's own encoding may lack what is in an id: a list would end there, in its middle.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         try:
             app()

@@ -69,8 +69,10 @@ def extract(
     from virnucpro_core.embedding.extraction import extract as extract_proteins
     from virnucpro_core.embedding.fast_esm import failures_path, keep_result, manifest_path
     from virnucpro_core.embedding.loading import load_fast_esm
+    from virnucpro_core.features.files import check_apart
     from virnucpro_core.features.manifests import read_manifest
 
+    check_apart(out, fasta)
     loaded = load_fast_esm(model, revision, device, dtype)
     with show_progress((f"embedding {fasta.name}", None), counts=True) as (bar,):
         extraction = extract_proteins(

@@ -6,12 +6,14 @@ The format asks for one tensor object per row: on two cores that took 60 µs and
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from io import RawIOBase
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, cast
 
@@ -19,13 +21,16 @@ import numpy as np
 import numpy.typing as npt
 
 from virnucpro_core.errors import ArtifactError, MismatchError
-from virnucpro_core.features.files import BLOCK_BYTES, NewFile, Written, new_file, open_artifact
+from virnucpro_core.features.files import BLOCK_BYTES, NewFile, Written, new_file, open_artifact, reading
 from virnucpro_core.features.matrices import Matrix
 from virnucpro_core.recipe import EMBEDDING_WIDTH
 from virnucpro_core.sizes import EXPORT_ROWS
 
 if TYPE_CHECKING:
+    from io import BufferedReader
+
     import torch
+    from typing_extensions import Buffer
 
 _CALL = re.compile(rb"c((?:torch|collections|_codecs|builtins|__builtin__)[\w.]*)\n([\w.]+)\n")
 """The instruction of a pickle that names something to call, from a module that torch takes such things from."""
@@ -139,14 +144,19 @@ def load_pt(
     import torch
 
     with open_artifact(path) if file is None else nullcontext(file) as opened:
+        watched = WatchedFile(opened)
+        stream = cast("BinaryIO", watched)
         try:
-            fault = find_trap(opened)
+            fault = find_trap(stream)
             if not fault:
-                opened.seek(0)
-                content = torch.load(opened, map_location="cpu", weights_only=True)
-            size = os.fstat(opened.fileno()).st_size
+                stream.seek(0)
+                content = torch.load(stream, map_location="cpu", weights_only=True)
+            size = os.fstat(stream.fileno()).st_size
         # What the decoders raise on hostile bytes is not listed anywhere; all of it means the same here.
         except Exception as error:
+            with reading(path):
+                if watched.error is not None:
+                    raise watched.error from error
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise odd_pt(path, reason.rstrip(".")) from error
     if fault:
@@ -157,6 +167,45 @@ def load_pt(
     if any(isinstance(value, list) and len(value) * _LEAST_ROW_BYTES > size for value in content.values()):
         raise odd_pt(path, "it names more rows than it has room for")
     return content
+
+
+class WatchedFile(RawIOBase):
+    """A file for decoders, which take a read that failed for the file's end, or for damage.
+
+    Attributes:
+        error: what the file system said against reading it, if it did.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = cast("BufferedReader", file)
+        self.error: OSError | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def readinto(self, buffer: Buffer) -> int:
+        with self._watching():
+            return self._file.readinto(buffer)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with self._watching():
+            return self._file.seek(offset, whence)
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # A place before the file's start is looked for in short ones, and is no fault of the file system.
+            if error.errno != errno.EINVAL:
+                self.error = error
+            raise
 
 
 def find_trap(file: BinaryIO) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from virnucpro_core.errors import ArtifactError
+from virnucpro_core.errors import ArtifactError, SettingsError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -123,6 +123,22 @@ def new_file(path: Path, mode: int = 0o666) -> Iterator[NewFile]:
             temporary.unlink(missing_ok=True)
     with _blaming(path):
         sync_folder(path.parent)
+
+
+def check_apart(target: Path, *sources: Path) -> None:
+    """Checks that a file that will be written is none of those that it is made from.
+
+    Raises:
+        SettingsError: it is one of them, under whatever name.
+    """
+    for source in sources:
+        try:
+            same = target.samefile(source)
+        except OSError:
+            continue  # one is not there; or cannot be looked at, as reading or writing it will tell
+        if same:
+            what = "the result would replace its own input"
+            raise SettingsError(what, where=str(target), todo="Name another file to write.")
 
 
 def open_artifact(path: Path) -> BufferedReader:

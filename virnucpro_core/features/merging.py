@@ -15,7 +15,15 @@ import numpy.typing as npt
 
 from virnucpro_core.errors import ArtifactError, MismatchError, SettingsError
 from virnucpro_core.features.exports import load_pt, odd_pt, read_pt, read_strings, save_pt
-from virnucpro_core.features.files import NewFile, Written, hash_file, new_file, open_artifact, read_blocks
+from virnucpro_core.features.files import (
+    NewFile,
+    Written,
+    check_apart,
+    hash_file,
+    new_file,
+    open_artifact,
+    read_blocks,
+)
 from virnucpro_core.features.matrices import Layout, Matrix, Section, read_layout
 from virnucpro_core.recipe import EMBEDDING_WIDTH
 
@@ -110,10 +118,11 @@ def merge_data(
     Raises:
         MismatchError: an id is on one side only, or more often; the first that differs is named.
         ArtifactError: a file is not what it should be, holds NaN or Inf, or cannot be written.
-        SettingsError: `data_type` is something else.
+        SettingsError: `data_type` is something else, or `merged_file` is one of the sides.
     """
     import torch
 
+    check_apart(Path(merged_file), Path(DNABERT_S_data), Path(ESM_data))
     nucleotides = read_nucleotides(Path(DNABERT_S_data))
     ids, rows = read_pt(Path(ESM_data))
     order = _pair(nucleotides.ids, ids, ("nucleotide", "protein"), nucleotides.path)

@@ -175,7 +175,9 @@ def parse_records(
         failures.setdefault(row, (FailureReason.EMPTY, "the record has no residues"))
     for row, position in _find_rejected(codes, begins, lengths, residues):
         letter = sequences[row].translate(None, WHITESPACE)[position : position + 1]
-        detail = f"{_show(letter)} at residue {position + 1} is not an amino acid"
+        swallowed = ": does a record begin there, on the line where this one ends?"
+        said = swallowed if letter == b">" else " is not an amino acid"
+        detail = f"{_show(letter)} at residue {position + 1}{said}"
         failures.setdefault(row, (FailureReason.INVALID_RESIDUE, detail))
 
     good = np.ones(len(ids), dtype=np.bool_)
