@@ -66,9 +66,9 @@ def cut_compression(name: str) -> str:
 
 def cut_suffix(name: str, suffixes: tuple[str, ...]) -> str:
     for suffix in suffixes:
-        if name.lower().endswith(suffix) and len(name) > len(suffix):
-            return name[: -len(suffix)]
-    return name
+        if name.lower().endswith(suffix) and (left := name[: -len(suffix)]).strip("."):
+            return left
+    return name  # also where nothing but dots is left: `.` and `..` are no names of files
 
 
 def find_nucleotides(path: Path) -> Path | None:
