@@ -30,6 +30,14 @@ def test_registering_twice_makes_one_job_and_one_submission(tx: Connection) -> N
     assert jobs.outbox_chunks(tx) == jobs.pending_chunks(tx, first.job_id)
 
 
+def test_the_numbers_of_jobs_have_no_gaps(tx: Connection) -> None:
+    """A nightly run submits what it has submitted before; people look for the jobs between two numbers."""
+    first = jobs.register(tx, jobs.scan())
+    jobs.register(tx, jobs.scan())
+    second = jobs.register(tx, jobs.scan(content="b"))
+    assert second.job_id == first.job_id + 1
+
+
 def test_another_recipe_is_another_job(tx: Connection) -> None:
     first = jobs.register(tx, jobs.scan())
     strict = replace(jobs.RECIPE, residues="strict")

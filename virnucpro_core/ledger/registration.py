@@ -109,9 +109,11 @@ def register(
         raise ValueError("a scanned input has at least one chunk")
     enter_input(tx, scanned)
     job_id = tx.execute(
+        # A conflict uses up a job's number: people would look for the jobs between, so it is the exception.
         text("""
             INSERT INTO jobs (input_sha256, recipe_sha256, recipe, model, stage, chunks_total, chunks_left, records)
-            VALUES (:input, :recipe_sha256, CAST(:recipe AS jsonb), :model, :stage, :chunks, :chunks, :records)
+            SELECT :input, :recipe_sha256, CAST(:recipe AS jsonb), :model, :stage, :chunks, :chunks, :records
+             WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE input_sha256 = :input AND recipe_sha256 = :recipe_sha256)
             ON CONFLICT (input_sha256, recipe_sha256) DO NOTHING
             RETURNING id
         """),
