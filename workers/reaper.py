@@ -14,6 +14,7 @@ from virnucpro_core.ledger.workers import (
     chunks_of_the_gone,
     expire_stuck_workers,
     expire_workers,
+    note_clock_set_back,
     take_back,
 )
 from virnucpro_core.logs import about
@@ -33,6 +34,7 @@ def reap(ledger: Engine, settings: Settings) -> list[Recovered]:
     Raises:
         ServiceError: the database cannot be used.
     """
+    in_transaction(ledger, note_clock_set_back)
     reasons = dict.fromkeys(in_transaction(ledger, expire_workers), "its worker fell silent")
     stuck = in_transaction(ledger, expire_stuck_workers, stuck_seconds=settings.stuck_seconds)
     reasons |= dict.fromkeys(stuck, f"its worker made no progress for {settings.stuck_seconds:g} s")

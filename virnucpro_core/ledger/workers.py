@@ -117,6 +117,22 @@ def retire_worker(tx: Connection, worker_id: int) -> list[Recovered]:
     return freed
 
 
+def note_clock_set_back(tx: Connection) -> None:
+    """If the database's clock was set back, give each live worker the time that it had, from now on.
+
+    One that died would be missed only when the clock is where it was.
+    """
+    tx.execute(
+        text("""
+            UPDATE workers
+               SET heartbeat_at = now(), progress_at = least(progress_at, now()),
+                   lease_expires_at = now() + (lease_expires_at - heartbeat_at)
+             WHERE id IN (SELECT id FROM workers WHERE state = 'live' AND greatest(heartbeat_at, progress_at) > now()
+                             FOR UPDATE SKIP LOCKED)
+        """)
+    )
+
+
 def expire_workers(tx: Connection) -> list[int]:
     """Give up the workers whose lease has run out by the database's clock; returns their ids.
 
