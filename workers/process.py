@@ -69,6 +69,7 @@ PERMANENT = (InputChangedError, MismatchError)
 
 SEND_AGAIN_SECONDS = 2.0
 OFFER_AGAIN_SECONDS = 10.0  # for a chunk that this process cannot run at all
+GIVE_WAY_SECONDS = OFFER_AGAIN_SECONDS + 2.0  # until somebody else who waits for messages has that one
 FLUSH_SECONDS = 30.0
 UNFIT = 71  # exit code of a child that should not go on
 
@@ -224,11 +225,13 @@ class WorkerProcess:
         """Have a chunk that this process cannot run sent again for another worker; False if no other can take it.
 
         A busy worker may come to it. One that is idle may still be loading the model; but if all others have been
-        found idle as often as a chunk has attempts, they cannot run it either.
+        found idle as often as a chunk has attempts, they cannot run it either. Meanwhile this process, which would
+        idle with them, gives way.
         """
         same = [one for one in in_transaction(self.ledger, live_workers) if one.queue == self.heartbeat.queue]
         others = [one for one in same if one.id != worker_id]
-        if any(other.chunk_id is not None for other in others):
+        busy = any(other.chunk_id is not None for other in others)
+        if busy:
             del self.others_idle[work.chunk_id]
         else:
             self.others_idle[work.chunk_id] += 1
@@ -242,6 +245,8 @@ class WorkerProcess:
             reason=f"a worker said: {error}",
         )
         log.error("chunk_left_to_others", others=len(others), reason=str(error))
+        if not busy:
+            self.closing.wait(GIVE_WAY_SECONDS)
         return True
 
     def _finish_writing(self, timeout: float | None = None) -> None:

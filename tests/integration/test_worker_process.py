@@ -14,12 +14,13 @@ import torch
 from sqlalchemy import Connection, text
 
 from tests import ledger_jobs
+from virnucpro_core.gpus import MASK
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.jobs import begin_generation, cancel
 from virnucpro_core.ledger.queries import chunk_ranges
 from virnucpro_core.ledger.tallies import read_tallies
 from virnucpro_core.ledger.work import Work
-from workers.process import WorkerProcess
+from workers.process import OFFER_AGAIN_SECONDS, WorkerProcess
 from workers.reaper import reap
 from workers.stages import keep_extraction
 
@@ -91,10 +92,20 @@ def test_unknown_error_while_writing_is_told_at_the_end(
 
 
 @pytest.fixture
-def unfit(pipeline: Pipeline, tmp_path: Path, start: Start) -> WorkerProcess:
-    """A child on a host where the model is missing."""
+def given_way() -> list[float]:
+    """For how many seconds `unfit` gave way to others."""
+    return []
+
+
+@pytest.fixture
+def unfit(
+    pipeline: Pipeline, tmp_path: Path, start: Start, given_way: list[float], monkeypatch: pytest.MonkeyPatch
+) -> WorkerProcess:
+    """A child on a host where the model is missing; it loses no time."""
     pipeline.configure(model_root=tmp_path / "models", max_attempts=2)
-    return start()
+    process = start()
+    monkeypatch.setattr(process.closing, "wait", given_way.append)
+    return process
 
 
 def test_unfit_worker_leaves_chunks_to_a_busy_one(
@@ -127,6 +138,32 @@ def test_chunk_that_no_worker_takes_fails(
         unfit.run("extract", first)
         assert chunk_row(pipeline, first)[:2] == (state, attempts)
     assert "there is no model" in chunk_row(pipeline, first).error
+
+
+def test_unfit_worker_gives_way_to_those_that_idle(
+    pipeline: Pipeline, small_fasta: Path, unfit: WorkerProcess, given_way: list[float]
+) -> None:
+    """It idles, too, and would get the same message as often as they do, until the chunk fails."""
+    first, second, *_ = submit(pipeline, small_fasta)
+    other = in_transaction(pipeline.ledger, ledger_jobs.start_worker)
+    unfit.run("extract", first)
+    (seconds,) = given_way
+    assert seconds > OFFER_AGAIN_SECONDS
+    in_transaction(pipeline.ledger, ledger_jobs.claim, second, other)
+    unfit.run("extract", first)
+    assert len(given_way) == 1, "the other comes to it anyway, and there may be something else to do here"
+
+
+def test_worker_whose_gpu_has_vanished_does_not_compute_on_the_cpu(
+    pipeline: Pipeline, small_fasta: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MASK, "GPU-that-was")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    first, *_ = submit(pipeline, small_fasta)
+    start().run("extract", first)
+    assert "there are 0 GPUs here" in chunk_row(pipeline, first).error
+    assert pipeline.job(1).execution_class is None
 
 
 def accelerator_error(code: int) -> torch.AcceleratorError:
