@@ -126,7 +126,8 @@ class WorkerProcess:
         """Run a chunk, unless the ledger says that it is not there to be run.
 
         Raises:
-            ServiceError: the database is away; the relay sends the message again.
+            ServiceError: the database went away before the chunk was claimed, or the process closes while it is
+                away; the relay sends the message again.
             SystemExit: after an error that nobody foresaw. What broke may be the process itself (a CUDA error
                 sticks to it), so a fresh one takes over. Likewise when a claim's answer was lost.
         """
@@ -141,7 +142,7 @@ class WorkerProcess:
     def _run(self, stage: str, chunk_id: int, worker_id: int) -> None:
         if self.writing is not None and self.writing.done():
             self._finish_writing()
-        work = in_transaction(self.ledger, describe, chunk_id)
+        work = self.persist(describe, chunk_id)
         if isinstance(work, Declined):
             log.info("message_declined", job=work.job_id, reason=work.reason)
         elif work.stage != stage:

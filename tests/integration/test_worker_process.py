@@ -14,11 +14,13 @@ import torch
 from sqlalchemy import Connection, text
 
 from tests import ledger_jobs
+from virnucpro_core.errors import ServiceError
 from virnucpro_core.gpus import MASK
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.jobs import begin_generation, cancel
 from virnucpro_core.ledger.queries import chunk_ranges
 from virnucpro_core.ledger.tallies import read_tallies
+from virnucpro_core.ledger.transitions import Declined, describe
 from virnucpro_core.ledger.work import Work
 from workers.process import OFFER_AGAIN_SECONDS, WorkerProcess
 from workers.reaper import reap
@@ -89,6 +91,25 @@ def test_unknown_error_while_writing_is_told_at_the_end(
     with pytest.raises(RuntimeError, match="the library is broken"):
         process.close()
     assert [row.state for row in pipeline.rows("SELECT state FROM workers")] == ["gone"]
+
+
+def test_message_that_comes_while_the_ledger_is_away_is_kept(
+    pipeline: Pipeline, small_fasta: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers would empty the queue meanwhile, and idle until the relay sends all of it again."""
+    first, *_ = submit(pipeline, small_fasta)
+    away = [ServiceError("the database is away")] * 2
+
+    def describe_later(tx: Connection, chunk: int) -> Work | Declined:
+        if away:
+            raise away.pop()
+        return describe(tx, chunk)
+
+    monkeypatch.setattr("workers.process.describe", describe_later)
+    process = start()
+    process.run("extract", first)
+    process.close()
+    assert chunk_row(pipeline, first).state == "done"
 
 
 @pytest.fixture
