@@ -92,9 +92,10 @@ class WorkerProcess:
     Args:
         node: the Celery node's name, unique among live workers.
         queue: the queue that it takes messages from.
+        celery: the process id of that node, if it is one.
     """
 
-    def __init__(self, settings: Settings, *, node: str, queue: str) -> None:
+    def __init__(self, settings: Settings, *, node: str, queue: str, celery: int | None = None) -> None:
         self.settings = settings
         self.ledger = open_ledger(settings.database_url_for("worker"))
         self.busy = False
@@ -113,6 +114,7 @@ class WorkerProcess:
             queue=queue,
             device=os.environ.get("CUDA_VISIBLE_DEVICES") or "cpu",
             count_progress=self.count_progress,
+            celery=celery,
         )
 
     def count_progress(self) -> int | None:
