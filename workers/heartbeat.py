@@ -20,12 +20,13 @@ from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.health import waits_in_broker
 from virnucpro_core.ledger.workers import beat, register_worker, retire_worker
 from virnucpro_core.settings import Settings
-from workers.reaper import free_chunks, tell_freed
+from workers.reaper import free_chunks, hand_back_soon, tell_freed
 
 log = structlog.get_logger()
 
 GIVEN_UP = 70  # exit code of a child whose leases are in other hands
 LEAST_WATCHDOG_SECONDS = 60.0
+UNKNOWN_CHUNK = "its worker knows nothing of it"
 
 
 class Heartbeat:
@@ -136,14 +137,23 @@ class Heartbeat:
             os._exit(GIVEN_UP)
         if progress is not None:
             self.idle_since = time.monotonic()
-        elif self.celery is not None:
-            self._watch_celery(self.celery)
+        else:
+            self._use_rest(worker_id, time.monotonic() - self.idle_since)
 
-    def _watch_celery(self, pid: int) -> None:
-        """End the Celery node if this process has had nothing to do for as long as a message has waited for it."""
-        seconds = self.settings.stuck_seconds
-        if time.monotonic() - self.idle_since < seconds:
+    def _use_rest(self, worker_id: int, idle_seconds: float) -> None:
+        """Look for what should keep this process from being idle.
+
+        A chunk that it holds by the ledger: where a database came back without its last transactions, the commit.
+        Or a message that waits: then the Celery node, which should bring it, hangs.
+        """
+        lease = self.settings.lease_seconds
+        if idle_seconds > lease:
+            # Not one that was claimed in this moment.
+            freed = in_transaction(self.ledger, hand_back_soon, worker_id, UNKNOWN_CHUNK, lease)
+            tell_freed(freed, UNKNOWN_CHUNK)
+        stuck = self.settings.stuck_seconds
+        if self.celery is None or idle_seconds < stuck:
             return
-        if in_transaction(self.ledger, waits_in_broker, self.queue, seconds=seconds):
-            log.error("celery_hangs", node=self.node, pid=pid, todo="The launcher starts the node again.")
-            os.kill(pid, signal.SIGKILL)
+        if in_transaction(self.ledger, waits_in_broker, self.queue, seconds=stuck):
+            log.error("celery_hangs", node=self.node, pid=self.celery, todo="The launcher starts it again.")
+            os.kill(self.celery, signal.SIGKILL)

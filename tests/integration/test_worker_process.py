@@ -112,6 +112,24 @@ def test_message_that_comes_while_the_ledger_is_away_is_kept(
     assert chunk_row(pipeline, first).state == "done"
 
 
+def test_chunk_that_its_worker_knows_nothing_of_is_handed_back(
+    pipeline: Pipeline, small_fasta: Path, start: Start
+) -> None:
+    """As after a failover to a standby that had not yet heard of the chunk's commit."""
+    pipeline.configure(lease_seconds=1, heartbeat_seconds=0.2)
+    first, *_ = submit(pipeline, small_fasta)
+    process = start()
+    worker = process.heartbeat.wait_for_worker()
+    in_transaction(pipeline.ledger, ledger_jobs.claim, first, worker)
+    process.heartbeat.idle_since -= 3600
+    pipeline.wait_until(lambda: chunk_row(pipeline, first).state == "pending", seconds=30)
+    assert chunk_row(pipeline, first).attempts == 0
+    (kept,) = pipeline.rows("SELECT ended_at - claimed_at >= interval '1 s' AS kept FROM setbacks")
+    assert kept.kept, "one that was claimed in this moment is its own"
+    assert pipeline.rows("SELECT 1 FROM workers WHERE id = :id AND state = 'live'", id=worker)
+    assert pipeline.rows("SELECT 1 FROM outbox WHERE chunk_id = :chunk", chunk=first)
+
+
 @pytest.fixture
 def given_way() -> list[float]:
     """For how many seconds `unfit` gave way to others."""
