@@ -89,6 +89,28 @@ def test_data_outlives_a_restart(tmp_path: Path) -> None:
                 connection.execute(statement)
 
 
+PREPARER = """
+    import sys
+    from pathlib import Path
+    from virnucpro_core.stack.postgres import PostgresServer
+    from virnucpro_core.stack.processes import Secrets
+
+    PostgresServer(Path(sys.argv[1]) / "postgres", 0, Secrets(Path(sys.argv[1]) / "secrets")).prepare()
+"""
+
+
+def test_a_cluster_that_was_half_made_is_made_again(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", textwrap.dedent(PREPARER), str(tmp_path)]
+    with subprocess.Popen(argv, start_new_session=True) as preparer:
+        while not list(tmp_path.glob("postgres/*/PG_VERSION")):
+            assert preparer.poll() is None
+        os.killpg(preparer.pid, signal.SIGKILL)
+    server = PostgresServer(tmp_path / "postgres", choose_port(), Secrets(tmp_path / "secrets"))
+    server.prepare()
+    with server.process(tmp_path / "log") as process:
+        process.start(server.is_ready)
+
+
 def test_a_server_that_cannot_start_shows_the_end_of_its_log(
     valkey_server: ValkeyServer, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -75,11 +76,15 @@ class PostgresServer:
         password_file = self.folder / "superuser-password"
         write_private(password_file, self.secrets.read(password_name(SUPERUSER)))
         self._hand_over(self.folder, password_file)
-        arguments = ["--pgdata", str(self.data), "--username", SUPERUSER, "--pwfile", str(password_file)]
+        # Under another name until it is complete: who is killed meanwhile must not leave half a cluster for one.
+        unfinished = self.folder / "unfinished"
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
+        arguments = ["--pgdata", str(unfinished), "--username", SUPERUSER, "--pwfile", str(password_file)]
         arguments += ["--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C"]
         try:
             subprocess.run(
-                [*self._unprivileged(), str(find_binary("initdb")), *arguments],
+                [*self._unprivileged(), *tied_to_parent([str(find_binary("initdb")), *arguments])],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -92,6 +97,7 @@ class PostgresServer:
             ) from error
         finally:
             password_file.unlink()
+        unfinished.rename(self.data)
 
     def command(self) -> list[str]:
         """The server's command line, in the foreground."""
