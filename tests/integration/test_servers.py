@@ -50,6 +50,20 @@ def test_a_database_is_closed_to_other_roles(postgres: PostgresServer, database_
         connect(postgres.url(str(make_url(database_url).database), "stranger"))
 
 
+def test_a_database_that_was_made_and_not_yet_closed_is_closed(postgres: PostgresServer) -> None:
+    """Whoever made it was killed in between."""
+    postgres.create_role("stranger")
+    with postgres.connect() as connection:
+        connection.execute("CREATE DATABASE half_made")
+    urls = postgres.create_ledger_database("half_made")
+    try:
+        connect(urls["worker"]).close()
+        with pytest.raises(psycopg.OperationalError, match="permission denied"):
+            connect(postgres.url("half_made", "stranger"))
+    finally:
+        postgres.drop_database("half_made")
+
+
 def test_the_broker_wants_its_password(valkey_server: ValkeyServer, broker_url: str) -> None:
     assert redis.Redis.from_url(broker_url).ping()
     with pytest.raises(redis.AuthenticationError):

@@ -152,16 +152,14 @@ class PostgresServer:
     def create_database(
         self, name: str, owner: str, *, guests: Sequence[str] = (), template: str = "template1"
     ) -> None:
-        """Make a database that only its owner and guests may connect to; no-op if it is there."""
+        """Make a database, if it is not there, that only its owner and guests may connect to."""
+        database, role = sql.Identifier(name), sql.Identifier(owner)
         with self.connect() as connection:
-            if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone():
-                return
-            database, role = sql.Identifier(name), sql.Identifier(owner)
-            connection.execute(
-                sql.SQL("CREATE DATABASE {} OWNER {} TEMPLATE {}").format(
-                    database, role, sql.Identifier(template)
-                )
+            known = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone()
+            statement = (
+                "ALTER DATABASE {} OWNER TO {}" if known else "CREATE DATABASE {} OWNER {} TEMPLATE {}"
             )
+            connection.execute(sql.SQL(statement).format(database, role, sql.Identifier(template)))
             connection.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(database))
             for guest in guests:
                 connection.execute(
