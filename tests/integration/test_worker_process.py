@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +28,7 @@ from virnucpro_core.ledger.work import Work
 from workers.process import OFFER_AGAIN_SECONDS, WorkerProcess
 from workers.reaper import reap
 from workers.stages import keep_extraction
+from workers.tasks import process_of
 
 if TYPE_CHECKING:
     from tests.fixtures_pipeline import Pipeline
@@ -128,6 +132,32 @@ def test_chunk_that_its_worker_knows_nothing_of_is_handed_back(
     assert kept.kept, "one that was claimed in this moment is its own"
     assert pipeline.rows("SELECT 1 FROM workers WHERE id = :id AND state = 'live'", id=worker)
     assert pipeline.rows("SELECT 1 FROM outbox WHERE chunk_id = :chunk", chunk=first)
+
+
+def test_celery_node_that_hangs_is_ended(pipeline: Pipeline, small_fasta: Path, start: Start) -> None:
+    """Its child lives and has nothing to do, so the ledger would miss nobody."""
+    pipeline.configure(stuck_seconds=60, heartbeat_seconds=0.2)
+    submit(pipeline, small_fasta)
+    sent = text("UPDATE outbox SET published_at = now() - interval '61 s'")
+    in_transaction(pipeline.ledger, lambda tx: tx.execute(sent))
+    heartbeat = start().heartbeat
+    with subprocess.Popen(["sleep", "90"]) as celery:
+        heartbeat.celery = celery.pid
+        heartbeat.wait_for_worker()
+        beats = "SELECT 1 FROM workers WHERE heartbeat_at > started_at + interval '0.5 s'"
+        pipeline.wait_until(lambda: pipeline.rows(beats))
+        assert celery.poll() is None, "this process has just begun to wait"
+        heartbeat.idle_since -= 61
+        assert celery.wait(60) == -signal.SIGKILL
+
+
+def test_celery_node_is_the_process_that_forked_its_child(
+    settings_environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: dict[str, Any] = {}
+    monkeypatch.setattr("workers.tasks.WorkerProcess", lambda _, **given: begun.update(given))
+    process_of.__wrapped__("extract@test")
+    assert begun["celery"] == os.getppid()
 
 
 @pytest.fixture
