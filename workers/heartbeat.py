@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from threading import Event, Thread
 
@@ -15,23 +17,27 @@ from sqlalchemy import Engine
 from virnucpro_core.errors import ServiceError
 from virnucpro_core.gpus import GpuMeter
 from virnucpro_core.ledger.database import in_transaction
+from virnucpro_core.ledger.health import waits_in_broker
 from virnucpro_core.ledger.workers import beat, register_worker, retire_worker
 from virnucpro_core.settings import Settings
-from workers.reaper import free_chunks, tell_freed
+from workers.reaper import free_chunks, hand_back_soon, tell_freed
 
 log = structlog.get_logger()
 
 GIVEN_UP = 70  # exit code of a child whose leases are in other hands
 LEAST_WATCHDOG_SECONDS = 60.0
+UNKNOWN_CHUNK = "its worker knows nothing of it"
 
 
 class Heartbeat:
     """Registers this process as a worker, renews it, and ends the process when the ledger has given it up.
 
     A watchdog outside Python's reach ends the process, too, when this thread cannot run for several leases: a
-    library that never returns and holds the interpreter would otherwise keep a GPU for ever.
+    library that never returns and holds the interpreter would otherwise keep a GPU for ever. And if the Celery node
+    that is to bring messages hangs, it is ended, and this process with it: the launcher starts both again.
 
     Args:
+        celery: the process id of that node; None where there is none.
         count_progress: returns a number that rises while the process gets anything done; None while it has nothing
             to do.
 
@@ -48,6 +54,7 @@ class Heartbeat:
         queue: str,
         device: str,
         count_progress: Callable[[], int | None],
+        celery: int | None = None,
     ) -> None:
         self.ledger = ledger
         self.settings = settings
@@ -55,6 +62,8 @@ class Heartbeat:
         self.queue = queue
         self.device = device
         self.count_progress = count_progress
+        self.celery = celery
+        self.idle_since = time.monotonic()
         self.gpu = GpuMeter(device)
         self.gpu_memory_peak = 0
         self.worker_id: int | None = None
@@ -113,11 +122,12 @@ class Heartbeat:
             free_chunks(self.ledger, predecessor, "the worker was replaced", self.settings)
 
     def _renew(self, worker_id: int) -> None:
+        progress = self.count_progress()
         alive = in_transaction(
             self.ledger,
             beat,
             worker_id,
-            progress=self.count_progress(),
+            progress=progress,
             lease_seconds=self.settings.lease_seconds,
             gpu=self.gpu.read(),
             gpu_memory_peak=self.gpu_memory_peak,
@@ -125,3 +135,25 @@ class Heartbeat:
         if not alive and not self.stopping.is_set():
             log.error("worker_given_up", node=self.node, todo="Celery starts a new process.")
             os._exit(GIVEN_UP)
+        if progress is not None:
+            self.idle_since = time.monotonic()
+        else:
+            self._use_rest(worker_id, time.monotonic() - self.idle_since)
+
+    def _use_rest(self, worker_id: int, idle_seconds: float) -> None:
+        """Look for what should keep this process from being idle.
+
+        A chunk that it holds by the ledger: where a database came back without its last transactions, the commit.
+        Or a message that waits: then the Celery node, which should bring it, hangs.
+        """
+        lease = self.settings.lease_seconds
+        if idle_seconds > lease:
+            # Not one that was claimed in this moment.
+            freed = in_transaction(self.ledger, hand_back_soon, worker_id, UNKNOWN_CHUNK, lease)
+            tell_freed(freed, UNKNOWN_CHUNK)
+        stuck = self.settings.stuck_seconds
+        if self.celery is None or idle_seconds < stuck:
+            return
+        if in_transaction(self.ledger, waits_in_broker, self.queue, seconds=stuck):
+            log.error("celery_hangs", node=self.node, pid=self.celery, todo="The launcher starts it again.")
+            os.kill(self.celery, signal.SIGKILL)

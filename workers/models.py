@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
 
 from virnucpro_core.errors import WeightsError
+from virnucpro_core.gpus import MASK
 from virnucpro_core.ledger.work import Work
 
 if TYPE_CHECKING:
@@ -35,7 +37,11 @@ class ModelKeeper:
 
         if self.model is None or not fits(self.model, work):
             self.forget()
-            self.model = load_fast_esm(self.model_root / work.model_path, dtype=work.recipe.dtype)
+            # A worker whose GPU has vanished must not compute on the CPU instead, and pin a whole job to that.
+            device = "cuda" if os.environ.get(MASK) else None
+            self.model = load_fast_esm(
+                self.model_root / work.model_path, device=device, dtype=work.recipe.dtype
+            )
             log.info("model_loaded", model=work.model, execution=str(self.model.execution()))
         if not fits(self.model, work):
             self.forget()

@@ -69,6 +69,7 @@ PERMANENT = (InputChangedError, MismatchError)
 
 SEND_AGAIN_SECONDS = 2.0
 OFFER_AGAIN_SECONDS = 10.0  # for a chunk that this process cannot run at all
+GIVE_WAY_SECONDS = OFFER_AGAIN_SECONDS + 2.0  # until somebody else who waits for messages has that one
 FLUSH_SECONDS = 30.0
 UNFIT = 71  # exit code of a child that should not go on
 
@@ -91,9 +92,10 @@ class WorkerProcess:
     Args:
         node: the Celery node's name, unique among live workers.
         queue: the queue that it takes messages from.
+        celery: the process id of that node, if it is one.
     """
 
-    def __init__(self, settings: Settings, *, node: str, queue: str) -> None:
+    def __init__(self, settings: Settings, *, node: str, queue: str, celery: int | None = None) -> None:
         self.settings = settings
         self.ledger = open_ledger(settings.database_url_for("worker"))
         self.busy = False
@@ -112,6 +114,7 @@ class WorkerProcess:
             queue=queue,
             device=os.environ.get("CUDA_VISIBLE_DEVICES") or "cpu",
             count_progress=self.count_progress,
+            celery=celery,
         )
 
     def count_progress(self) -> int | None:
@@ -125,7 +128,8 @@ class WorkerProcess:
         """Run a chunk, unless the ledger says that it is not there to be run.
 
         Raises:
-            ServiceError: the database is away; the relay sends the message again.
+            ServiceError: the database went away before the chunk was claimed, or the process closes while it is
+                away; the relay sends the message again.
             SystemExit: after an error that nobody foresaw. What broke may be the process itself (a CUDA error
                 sticks to it), so a fresh one takes over. Likewise when a claim's answer was lost.
         """
@@ -140,7 +144,7 @@ class WorkerProcess:
     def _run(self, stage: str, chunk_id: int, worker_id: int) -> None:
         if self.writing is not None and self.writing.done():
             self._finish_writing()
-        work = in_transaction(self.ledger, describe, chunk_id)
+        work = self.persist(describe, chunk_id)
         if isinstance(work, Declined):
             log.info("message_declined", job=work.job_id, reason=work.reason)
         elif work.stage != stage:
@@ -224,11 +228,13 @@ class WorkerProcess:
         """Have a chunk that this process cannot run sent again for another worker; False if no other can take it.
 
         A busy worker may come to it. One that is idle may still be loading the model; but if all others have been
-        found idle as often as a chunk has attempts, they cannot run it either.
+        found idle as often as a chunk has attempts, they cannot run it either. Meanwhile this process, which would
+        idle with them, gives way.
         """
         same = [one for one in in_transaction(self.ledger, live_workers) if one.queue == self.heartbeat.queue]
         others = [one for one in same if one.id != worker_id]
-        if any(other.chunk_id is not None for other in others):
+        busy = any(other.chunk_id is not None for other in others)
+        if busy:
             del self.others_idle[work.chunk_id]
         else:
             self.others_idle[work.chunk_id] += 1
@@ -242,6 +248,8 @@ class WorkerProcess:
             reason=f"a worker said: {error}",
         )
         log.error("chunk_left_to_others", others=len(others), reason=str(error))
+        if not busy:
+            self.closing.wait(GIVE_WAY_SECONDS)
         return True
 
     def _finish_writing(self, timeout: float | None = None) -> None:

@@ -14,6 +14,8 @@ from virnucpro_core.ledger.workers import (
     chunks_of_the_gone,
     expire_stuck_workers,
     expire_workers,
+    hand_back,
+    note_clock_set_back,
     take_back,
 )
 from virnucpro_core.logs import about
@@ -33,6 +35,7 @@ def reap(ledger: Engine, settings: Settings) -> list[Recovered]:
     Raises:
         ServiceError: the database cannot be used.
     """
+    in_transaction(ledger, note_clock_set_back)
     reasons = dict.fromkeys(in_transaction(ledger, expire_workers), "its worker fell silent")
     stuck = in_transaction(ledger, expire_stuck_workers, stuck_seconds=settings.stuck_seconds)
     reasons |= dict.fromkeys(stuck, f"its worker made no progress for {settings.stuck_seconds:g} s")
@@ -66,6 +69,11 @@ def tell_freed(freed: Sequence[Recovered], reason: str) -> None:
             worker=chunk.worker_id,
         ):
             log.warning("chunk_freed", now=chunk.state, reason=reason)
+
+
+def hand_back_soon(tx: Connection, worker_id: int, reason: str, seconds: float) -> list[Recovered]:
+    tx.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
+    return hand_back(tx, worker_id, reason, seconds=seconds)
 
 
 def take_back_soon(tx: Connection, worker_id: int, reason: str, max_attempts: int) -> list[Recovered]:

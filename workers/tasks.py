@@ -34,7 +34,7 @@ TASK_LOGGERS = ("celery.worker.strategy", "celery.app.trace")
 def process_of(node: str) -> WorkerProcess:
     """This child's life, begun when it is first asked for."""
     queues = sorted(app.amqp.queues.consume_from)
-    return WorkerProcess(load_settings(), node=node, queue=",".join(queues))
+    return WorkerProcess(load_settings(), node=node, queue=",".join(queues), celery=os.getppid())
 
 
 @celeryd_init.connect  # type: ignore[untyped-decorator]

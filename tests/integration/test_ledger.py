@@ -99,6 +99,32 @@ def test_a_worker_of_another_execution_class_is_declined(tx: Connection) -> None
     assert queries.find_setback(tx, job_id) is None
 
 
+def test_a_job_of_which_nothing_is_computed_is_pinned_anew(tx: Connection) -> None:
+    """Its first worker was stopped, say, to come back with another torch: no other class would ever be accepted."""
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    first, second, _ = jobs.pending_chunks(tx, job_id)
+    old = jobs.start_worker(tx, "old")
+    jobs.claim(tx, first, old, "class one")
+    workers.retire_worker(tx, old)
+    new = jobs.start_worker(tx, "new")
+    done = jobs.claim(tx, first, new, "class two")
+    assert queries.get_job(tx, job_id).execution == {"name": "class two"}
+    transitions.complete(tx, done, jobs.result_of(done))
+    work = transitions.describe(tx, second)
+    assert not isinstance(work, Declined)
+    assert isinstance(
+        transitions.claim(tx, work, new, execution_class="class one", execution={}), Declined
+    ), "what is done would be mixed with it"
+
+
+def test_a_job_that_lost_all_it_had_is_pinned_anew(tx: Connection) -> None:
+    job_id = jobs.register(tx, jobs.scan()).job_id
+    worker = jobs.start_worker(tx)
+    jobs.run_job(tx, job_id, worker)
+    resume(tx, job_id, [artifact.id for artifact in queries.artifacts_of(tx, job_id)])
+    jobs.claim(tx, jobs.pending_chunks(tx, job_id)[0], worker, "class two")
+
+
 def test_a_job_that_no_worker_may_run_holds_up_no_other(tx: Connection) -> None:
     pinned = jobs.register(tx, jobs.scan(chunks=9)).job_id
     jobs.claim(tx, jobs.pending_chunks(tx, pinned)[0], jobs.start_worker(tx), "class one")

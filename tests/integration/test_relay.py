@@ -174,6 +174,42 @@ def test_delayed_message_waits_for_its_time(
     assert queued(broker) == 2
 
 
+def set_clock_back(ledger: Engine) -> None:
+    """By an hour: what the database's clock has written lies in its future."""
+    stamps = {
+        "outbox": ("due_at", "published_at"),
+        "workers": ("heartbeat_at", "progress_at", "lease_expires_at"),
+    }
+    for table, columns in stamps.items():
+        later = ", ".join(f"{column} = {column} + interval '1 hour'" for column in columns)
+        in_transaction(
+            ledger, lambda tx, table=table, later=later: tx.execute(text(f"UPDATE {table} SET {later}"))
+        )
+
+
+def test_messages_do_not_wait_until_a_clock_that_was_set_back_is_where_it_was(
+    relay: Relay, ledger: Engine, broker: redis.Redis
+) -> None:
+    set_clock_back(ledger)
+    relay.turn()
+    assert queued(broker) == 2
+    broker.flushdb()
+    set_clock_back(ledger)
+    relay.turn()
+    relay.turn()
+    assert queued(broker) == 2
+
+
+def test_worker_has_no_more_than_its_time_after_the_clock_was_set_back(ledger: Engine) -> None:
+    worker = in_transaction(ledger, ledger_jobs.start_worker, lease_seconds=60)
+    (first, *_) = in_transaction(ledger, ledger_jobs.pending_chunks, 1)
+    in_transaction(ledger, ledger_jobs.claim, first, worker)
+    set_clock_back(ledger)
+    assert reap(ledger, load_settings()) == []
+    bounded = text("SELECT lease_expires_at <= now() + interval '60 s' AND progress_at <= now() FROM workers")
+    assert in_transaction(ledger, lambda tx: tx.execute(bounded).scalar_one())
+
+
 def expire(ledger: Engine, worker: int, column: str) -> None:
     change = text(f"UPDATE workers SET {column} = now() - interval '1 hour' WHERE id = :worker")
     in_transaction(ledger, lambda tx: tx.execute(change, {"worker": worker}))

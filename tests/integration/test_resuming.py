@@ -130,6 +130,18 @@ def test_resume_during_a_later_stage_fences_off_whoever_runs_it(tx: Connection) 
         transitions.complete(tx, merge, jobs.result_of(merge))
 
 
+def test_what_a_stage_is_making_anew_is_not_lost(tx: Connection) -> None:
+    """Whoever looks at the files meanwhile finds others than were recorded; the stage must not begin again for that."""
+    job_id = finish_with_export(tx)
+    nucleotides = replace(jobs.SUBMISSION, nucleotide_path="/in/a_DNABERT_S.pt", nucleotide_sha256="c" * 64)
+    jobs.register(tx, jobs.scan(), nucleotides)
+    merge = jobs.claim(tx, jobs.pending_chunks(tx, job_id)[0], jobs.start_worker(tx))
+    assert merge.work.stage == "merge"
+    made = queries.artifacts_of(tx, job_id, stage="merge")
+    resume(tx, job_id, [row.id for row in made if row.kind == "export"])
+    transitions.complete(tx, merge, jobs.result_of(merge))
+
+
 def test_force_begins_a_generation_and_fences_off_the_old_one(tx: Connection) -> None:
     job_id = jobs.register(tx, jobs.scan()).job_id
     worker = jobs.start_worker(tx)

@@ -50,6 +50,20 @@ def test_a_database_is_closed_to_other_roles(postgres: PostgresServer, database_
         connect(postgres.url(str(make_url(database_url).database), "stranger"))
 
 
+def test_a_database_that_was_made_and_not_yet_closed_is_closed(postgres: PostgresServer) -> None:
+    """Whoever made it was killed in between."""
+    postgres.create_role("stranger")
+    with postgres.connect() as connection:
+        connection.execute("CREATE DATABASE half_made")
+    urls = postgres.create_ledger_database("half_made")
+    try:
+        connect(urls["worker"]).close()
+        with pytest.raises(psycopg.OperationalError, match="permission denied"):
+            connect(postgres.url("half_made", "stranger"))
+    finally:
+        postgres.drop_database("half_made")
+
+
 def test_the_broker_wants_its_password(valkey_server: ValkeyServer, broker_url: str) -> None:
     assert redis.Redis.from_url(broker_url).ping()
     with pytest.raises(redis.AuthenticationError):
@@ -87,6 +101,28 @@ def test_data_outlives_a_restart(tmp_path: Path) -> None:
             process.start(server.is_ready)
             with server.connect() as connection:
                 connection.execute(statement)
+
+
+PREPARER = """
+    import sys
+    from pathlib import Path
+    from virnucpro_core.stack.postgres import PostgresServer
+    from virnucpro_core.stack.processes import Secrets
+
+    PostgresServer(Path(sys.argv[1]) / "postgres", 0, Secrets(Path(sys.argv[1]) / "secrets")).prepare()
+"""
+
+
+def test_a_cluster_that_was_half_made_is_made_again(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", textwrap.dedent(PREPARER), str(tmp_path)]
+    with subprocess.Popen(argv, start_new_session=True) as preparer:
+        while not list(tmp_path.glob("postgres/*/PG_VERSION")):
+            assert preparer.poll() is None
+        os.killpg(preparer.pid, signal.SIGKILL)
+    server = PostgresServer(tmp_path / "postgres", choose_port(), Secrets(tmp_path / "secrets"))
+    server.prepare()
+    with server.process(tmp_path / "log") as process:
+        process.start(server.is_ready)
 
 
 def test_a_server_that_cannot_start_shows_the_end_of_its_log(

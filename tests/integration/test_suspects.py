@@ -88,6 +88,18 @@ def test_artifacts_of_halves_are_in_input_order(tx: Connection) -> None:
     assert (job.state, job.embeddings, job.failed) == ("succeeded", 26, 4)
 
 
+def test_halving_looks_at_no_other_message(tx: Connection) -> None:
+    """The job is locked meanwhile, and may have a million chunks that wait."""
+    job_id = jobs.register(tx, jobs.scan(chunks=3)).job_id
+    first, *others = jobs.pending_chunks(tx, job_id)
+    claimed = claim_again(tx, first)
+    tx.execute(text("DELETE FROM outbox"))
+    suspects.split(tx, claimed, jobs.halves_of(claimed))
+    assert jobs.outbox_chunks(tx) == [
+        chunk for chunk in jobs.pending_chunks(tx, job_id) if chunk not in others
+    ]
+
+
 def test_stale_claim_halves_nothing(tx: Connection) -> None:
     job_id = jobs.register(tx, jobs.scan(chunks=1)).job_id
     (chunk,) = jobs.pending_chunks(tx, job_id)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,14 +17,18 @@ import torch
 from sqlalchemy import Connection, text
 
 from tests import ledger_jobs
+from virnucpro_core.errors import ServiceError
+from virnucpro_core.gpus import MASK
 from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.jobs import begin_generation, cancel
 from virnucpro_core.ledger.queries import chunk_ranges
 from virnucpro_core.ledger.tallies import read_tallies
+from virnucpro_core.ledger.transitions import Declined, describe
 from virnucpro_core.ledger.work import Work
-from workers.process import WorkerProcess
+from workers.process import OFFER_AGAIN_SECONDS, WorkerProcess
 from workers.reaper import reap
 from workers.stages import keep_extraction
+from workers.tasks import process_of
 
 if TYPE_CHECKING:
     from tests.fixtures_pipeline import Pipeline
@@ -90,11 +97,84 @@ def test_unknown_error_while_writing_is_told_at_the_end(
     assert [row.state for row in pipeline.rows("SELECT state FROM workers")] == ["gone"]
 
 
+def test_message_that_comes_while_the_ledger_is_away_is_kept(
+    pipeline: Pipeline, small_fasta: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers would empty the queue meanwhile, and idle until the relay sends all of it again."""
+    first, *_ = submit(pipeline, small_fasta)
+    away = [ServiceError("the database is away")] * 2
+
+    def describe_later(tx: Connection, chunk: int) -> Work | Declined:
+        if away:
+            raise away.pop()
+        return describe(tx, chunk)
+
+    monkeypatch.setattr("workers.process.describe", describe_later)
+    process = start()
+    process.run("extract", first)
+    process.close()
+    assert chunk_row(pipeline, first).state == "done"
+
+
+def test_chunk_that_its_worker_knows_nothing_of_is_handed_back(
+    pipeline: Pipeline, small_fasta: Path, start: Start
+) -> None:
+    """As after a failover to a standby that had not yet heard of the chunk's commit."""
+    pipeline.configure(lease_seconds=1, heartbeat_seconds=0.2)
+    first, *_ = submit(pipeline, small_fasta)
+    process = start()
+    worker = process.heartbeat.wait_for_worker()
+    in_transaction(pipeline.ledger, ledger_jobs.claim, first, worker)
+    process.heartbeat.idle_since -= 3600
+    pipeline.wait_until(lambda: chunk_row(pipeline, first).state == "pending", seconds=30)
+    assert chunk_row(pipeline, first).attempts == 0
+    (kept,) = pipeline.rows("SELECT ended_at - claimed_at >= interval '1 s' AS kept FROM setbacks")
+    assert kept.kept, "one that was claimed in this moment is its own"
+    assert pipeline.rows("SELECT 1 FROM workers WHERE id = :id AND state = 'live'", id=worker)
+    assert pipeline.rows("SELECT 1 FROM outbox WHERE chunk_id = :chunk", chunk=first)
+
+
+def test_celery_node_that_hangs_is_ended(pipeline: Pipeline, small_fasta: Path, start: Start) -> None:
+    """Its child lives and has nothing to do, so the ledger would miss nobody."""
+    pipeline.configure(stuck_seconds=60, heartbeat_seconds=0.2)
+    submit(pipeline, small_fasta)
+    sent = text("UPDATE outbox SET published_at = now() - interval '61 s'")
+    in_transaction(pipeline.ledger, lambda tx: tx.execute(sent))
+    heartbeat = start().heartbeat
+    with subprocess.Popen(["sleep", "90"]) as celery:
+        heartbeat.celery = celery.pid
+        heartbeat.wait_for_worker()
+        beats = "SELECT 1 FROM workers WHERE heartbeat_at > started_at + interval '0.5 s'"
+        pipeline.wait_until(lambda: pipeline.rows(beats))
+        assert celery.poll() is None, "this process has just begun to wait"
+        heartbeat.idle_since -= 61
+        assert celery.wait(60) == -signal.SIGKILL
+
+
+def test_celery_node_is_the_process_that_forked_its_child(
+    settings_environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: dict[str, Any] = {}
+    monkeypatch.setattr("workers.tasks.WorkerProcess", lambda _, **given: begun.update(given))
+    process_of.__wrapped__("extract@test")
+    assert begun["celery"] == os.getppid()
+
+
 @pytest.fixture
-def unfit(pipeline: Pipeline, tmp_path: Path, start: Start) -> WorkerProcess:
-    """A child on a host where the model is missing."""
+def given_way() -> list[float]:
+    """For how many seconds `unfit` gave way to others."""
+    return []
+
+
+@pytest.fixture
+def unfit(
+    pipeline: Pipeline, tmp_path: Path, start: Start, given_way: list[float], monkeypatch: pytest.MonkeyPatch
+) -> WorkerProcess:
+    """A child on a host where the model is missing; it loses no time."""
     pipeline.configure(model_root=tmp_path / "models", max_attempts=2)
-    return start()
+    process = start()
+    monkeypatch.setattr(process.closing, "wait", given_way.append)
+    return process
 
 
 def test_unfit_worker_leaves_chunks_to_a_busy_one(
@@ -127,6 +207,32 @@ def test_chunk_that_no_worker_takes_fails(
         unfit.run("extract", first)
         assert chunk_row(pipeline, first)[:2] == (state, attempts)
     assert "there is no model" in chunk_row(pipeline, first).error
+
+
+def test_unfit_worker_gives_way_to_those_that_idle(
+    pipeline: Pipeline, small_fasta: Path, unfit: WorkerProcess, given_way: list[float]
+) -> None:
+    """It idles, too, and would get the same message as often as they do, until the chunk fails."""
+    first, second, *_ = submit(pipeline, small_fasta)
+    other = in_transaction(pipeline.ledger, ledger_jobs.start_worker)
+    unfit.run("extract", first)
+    (seconds,) = given_way
+    assert seconds > OFFER_AGAIN_SECONDS
+    in_transaction(pipeline.ledger, ledger_jobs.claim, second, other)
+    unfit.run("extract", first)
+    assert len(given_way) == 1, "the other comes to it anyway, and there may be something else to do here"
+
+
+def test_worker_whose_gpu_has_vanished_does_not_compute_on_the_cpu(
+    pipeline: Pipeline, small_fasta: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MASK, "GPU-that-was")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    first, *_ = submit(pipeline, small_fasta)
+    start().run("extract", first)
+    assert "there are 0 GPUs here" in chunk_row(pipeline, first).error
+    assert pipeline.job(1).execution_class is None
 
 
 def accelerator_error(code: int) -> torch.AcceleratorError:

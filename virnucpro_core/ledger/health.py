@@ -1,4 +1,4 @@
-"""What health checks ask of the ledger. Nothing here writes."""
+"""What those who look after others ask of the ledger. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,19 @@ def live_nodes(tx: Connection, host: str) -> dict[str, str]:
         {"host": host},
     )
     return {row.node: row.queue for row in rows}
+
+
+def waits_in_broker(tx: Connection, queue: str, *, seconds: float) -> bool:
+    """Whether a message of a queue was sent so long ago, and was neither claimed nor, being lost, sent again."""
+    return bool(
+        tx.execute(
+            text("""
+                SELECT EXISTS (SELECT FROM outbox
+                                WHERE queue = :queue AND published_at < now() - make_interval(secs => :seconds))
+            """),
+            {"queue": queue, "seconds": seconds},
+        ).scalar_one()
+    )
 
 
 def is_served(tx: Connection, relay_lock: int) -> bool:

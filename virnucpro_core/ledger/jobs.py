@@ -122,7 +122,9 @@ def resume(tx: Connection, job_id: int, lost: Sequence[int] = ()) -> Resumed:
     elif EXTRACT in stages_lost or (MERGE in stages_lost and not is_merged(tx, job_id)):
         reset = reset_lost_chunks(tx, job_id)
     if not reset and stages_lost:
-        redo(tx, job_id, MERGE if MERGE in stages_lost else VALIDATE)
+        stage = MERGE if MERGE in stages_lost else VALIDATE
+        if (job.state, job.stage) != ("running", stage):  # it makes all of its files anew
+            redo(tx, job_id, stage)
     elif job.state in ("failed", "cancelled") and not reset and job.chunks_left == 0:
         advance(tx, job_id)
     enqueue_pending(tx, job_id)

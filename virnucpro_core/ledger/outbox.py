@@ -9,6 +9,9 @@ from sqlalchemy import Connection, text
 
 OUTBOX_CHANNEL = "virnucpro_outbox"
 
+LONGEST_DELAY = 60.0
+"""Seconds that a message waits at most. One that is due later was delayed before the database's clock was set back."""
+
 ENQUEUE_CHUNK = text("""
     INSERT INTO outbox (chunk_id, queue, due_at)
     SELECT c.id, s.queue, now() + make_interval(secs => :delay)
@@ -16,6 +19,9 @@ ENQUEUE_CHUNK = text("""
      WHERE c.id = :chunk AND j.state = 'running'
     ON CONFLICT (chunk_id) DO UPDATE SET due_at = excluded.due_at, published_at = NULL
 """)
+
+OVERDUE = "published_at NOT BETWEEN now() - make_interval(secs => :age) AND now()"
+"""Published long ago; or in the future, before the database's clock was set back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +52,11 @@ class QueueState:
 
 
 def enqueue(tx: Connection, chunk_id: int, *, delay: float = 0.0) -> None:
-    """Make a chunk's message due in `delay` seconds, unless its job has ended; wakes the relay with the commit."""
-    tx.execute(ENQUEUE_CHUNK, {"chunk": chunk_id, "delay": delay})
+    """Make a chunk's message due in `delay` seconds (`LONGEST_DELAY` at most), unless its job has ended.
+
+    Wakes the relay with the commit.
+    """
+    tx.execute(ENQUEUE_CHUNK, {"chunk": chunk_id, "delay": min(delay, LONGEST_DELAY)})
     wake_relay(tx)
 
 
@@ -80,15 +89,15 @@ def withdraw_messages(tx: Connection, job_id: int) -> None:
 def queue_states(tx: Connection, *, republish_seconds: float) -> list[QueueState]:
     """One row per queue of the stages table."""
     rows = tx.execute(
-        text("""
+        text(f"""
             SELECT q.queue,
                    (SELECT count(*) FROM workers w WHERE w.state = 'live' AND w.queue = q.queue) AS workers,
                    (SELECT count(*) FROM outbox o
                      WHERE o.queue = q.queue AND o.published_at IS NOT NULL) AS published,
                    (SELECT count(*) FROM outbox o
-                     WHERE o.queue = q.queue AND o.published_at < now() - make_interval(secs => :age)) AS overdue
+                     WHERE o.queue = q.queue AND o.published_at IS NOT NULL AND {OVERDUE}) AS overdue
               FROM (SELECT DISTINCT queue FROM stages) q ORDER BY q.queue
-        """),
+        """),  # noqa: S608 - a constant
         {"age": republish_seconds},
     )
     return [QueueState(row.queue, row.workers, row.published, row.overdue) for row in rows]
@@ -107,11 +116,12 @@ def take_due(tx: Connection, queue: str, limit: int) -> list[Message]:
             text("""
                 UPDATE outbox SET published_at = now()
                  WHERE id IN (SELECT id FROM outbox
-                               WHERE queue = :queue AND published_at IS NULL AND due_at <= now()
+                               WHERE queue = :queue AND published_at IS NULL
+                                 AND (due_at <= now() OR due_at > now() + make_interval(secs => :longest))
                                ORDER BY put_off, chunk_id LIMIT :limit FOR UPDATE SKIP LOCKED)
                 RETURNING chunk_id
             """),
-            {"queue": queue, "limit": limit},
+            {"queue": queue, "limit": limit, "longest": LONGEST_DELAY},
         )
         .scalars()
         .all(),
@@ -126,13 +136,13 @@ def take_overdue(tx: Connection, queue: str, limit: int, *, republish_seconds: f
     return messages(
         tx,
         tx.execute(
-            text("""
+            text(f"""
                 UPDATE outbox SET published_at = now()
                  WHERE id IN (SELECT id FROM outbox
-                               WHERE queue = :queue AND published_at < now() - make_interval(secs => :age)
+                               WHERE queue = :queue AND published_at IS NOT NULL AND {OVERDUE}
                                ORDER BY published_at, chunk_id LIMIT :limit FOR UPDATE SKIP LOCKED)
                 RETURNING chunk_id
-            """),
+            """),  # noqa: S608 - a constant
             {"queue": queue, "age": republish_seconds, "limit": limit},
         )
         .scalars()

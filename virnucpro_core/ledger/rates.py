@@ -47,15 +47,19 @@ def rates_of(tx: Connection, *, dtype: Dtype, model: str | None = None) -> list[
     """
     rows = tx.execute(
         text("""
-            SELECT w.host, j.model, j.execution, count(DISTINCT j.id) AS jobs, count(*) AS chunks,
-                   sum(c.tokens)::bigint AS tokens, sum(c.seconds) AS seconds, max(c.finished_at) AS newest_at,
+            SELECT w.host, j.model, j.execution, count(DISTINCT j.id) AS jobs, sum(c.chunks)::bigint AS chunks,
+                   sum(c.tokens)::bigint AS tokens, sum(c.seconds) AS seconds, max(c.newest_at) AS newest_at,
                    (SELECT count(*) FROM workers l
                      WHERE l.state = 'live' AND l.host = w.host
                        AND (l.device = 'cpu') = (j.execution ->> 'device' = 'cpu')
                        AND 'extract' = ANY(string_to_array(l.queue, ','))) AS workers_now
-              FROM chunks c JOIN jobs j ON j.id = c.job_id JOIN workers w ON w.id = c.worker_id
-             WHERE c.stage = 'extract' AND c.state = 'done' AND c.tokens > 0 AND c.seconds > 0
-               AND j.execution IS NOT NULL AND j.recipe ->> 'dtype' = :dtype
+              -- Added up before they are joined: there may be millions.
+              FROM (SELECT job_id, worker_id, count(*) AS chunks, sum(tokens) AS tokens, sum(seconds) AS seconds,
+                           max(finished_at) AS newest_at
+                      FROM chunks WHERE stage = 'extract' AND state = 'done' AND tokens > 0 AND seconds > 0
+                     GROUP BY job_id, worker_id) c
+              JOIN jobs j ON j.id = c.job_id JOIN workers w ON w.id = c.worker_id
+             WHERE j.execution IS NOT NULL AND j.recipe ->> 'dtype' = :dtype
                AND (CAST(:model AS text) IS NULL OR j.model = :model)
              GROUP BY w.host, j.model, j.execution ORDER BY newest_at DESC
         """),

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, text
 
 from virnucpro_core.ledger.jobs import insert_chunks
-from virnucpro_core.ledger.outbox import enqueue, enqueue_pending
+from virnucpro_core.ledger.outbox import enqueue
 from virnucpro_core.ledger.setbacks import SetbackKind, note_setbacks
 from virnucpro_core.ledger.transitions import EXTRACT, fail_job, lock_job, stale
 from virnucpro_core.ledger.work import Claim
@@ -121,12 +121,22 @@ def split(tx: Connection, claim: Claim, halves: Sequence[ChunkRange]) -> None:
     if gone.rowcount == 0:
         raise stale(claim)
     first, second = halves
-    insert_chunks(tx, job.id, [first, replace(second, ordinal=job.chunks_total)], deaths=DEATHS_TO_HALVE - 1)
+    new = [first, replace(second, ordinal=job.chunks_total)]
+    insert_chunks(tx, job.id, new, deaths=DEATHS_TO_HALVE - 1)
+    for half in new:
+        enqueue(tx, find_chunk(tx, job.id, half.ordinal))
     tx.execute(
         text(
             "UPDATE jobs SET chunks_total = chunks_total + 1, chunks_left = chunks_left + 1 WHERE id = :job"
         ),
         {"job": job.id},
     )
-    if job.state == "running":
-        enqueue_pending(tx, job.id)
+
+
+def find_chunk(tx: Connection, job_id: int, ordinal: int) -> int:
+    """The id of an extract chunk."""
+    chunk_id: int = tx.execute(
+        text("SELECT id FROM chunks WHERE job_id = :job AND stage = :stage AND ordinal = :ordinal"),
+        {"job": job_id, "stage": EXTRACT, "ordinal": ordinal},
+    ).scalar_one()
+    return chunk_id

@@ -147,20 +147,21 @@ def claim(
     """Take a lease on a pending chunk.
 
     The first claim of a job that names an execution class pins it; a worker of another class is declined
-    from then on, so that no result is a mixture.
+    for as long as something of it is computed or being computed, so that no result is a mixture.
     """
     job = lock_job(tx, work.job_id)
     if job.state != "running" or (job.generation, job.stage) != (work.generation, work.stage):
         return Declined(
             work.chunk_id, f"its job is {job.state}, at {job.stage} of generation {job.generation}"
         )
-    if execution_class is not None and job.execution_class not in (None, execution_class):
+    pins = execution_class not in (None, job.execution_class)
+    if pins and job.execution_class is not None and is_begun(tx, job):
         return Declined(work.chunk_id, "its job is pinned to another execution class")
     row = tx.execute(CLAIM, {"chunk": work.chunk_id, "worker": worker_id}).one_or_none()
     if row is None:
         now = describe(tx, work.chunk_id)
         return now if isinstance(now, Declined) else Declined(work.chunk_id, "this worker is no longer live")
-    if execution_class is not None and job.execution_class is None:
+    if pins:
         tx.execute(
             PIN_EXECUTION_CLASS,
             {"job": work.job_id, "execution_class": execution_class, "execution": json.dumps(execution)},
@@ -168,6 +169,12 @@ def claim(
     tx.execute(text("DELETE FROM outbox WHERE chunk_id = :chunk"), {"chunk": work.chunk_id})
     wake_relay(tx)  # there is room for another message
     return Claim(work, worker_id, row.lease_token, row.attempts, row.deaths, row.error)
+
+
+def is_begun(tx: Connection, job: Row[Any]) -> bool:
+    """Whether a chunk of the stage that a job is in is done, or is being run."""
+    held = text("SELECT 1 FROM chunks WHERE job_id = :job AND state = 'running' LIMIT 1")
+    return job.chunks_left < job.chunks_total or tx.execute(held, {"job": job.id}).first() is not None
 
 
 def complete(tx: Connection, claim: Claim, result: Result) -> str:
@@ -185,6 +192,7 @@ def complete(tx: Connection, claim: Claim, result: Result) -> str:
     embeddings, failed = (
         (result.embeddings, len(result.failures)) if extracting else (job.embeddings, job.failed)
     )
+    counts = {"truncated": result.truncated, "unknown": result.unknown, "tokens": result.tokens}
     finished = tx.execute(
         FINISH_CHUNK,
         {
@@ -192,10 +200,8 @@ def complete(tx: Connection, claim: Claim, result: Result) -> str:
             "token": claim.token,
             "embeddings": embeddings,
             "failed": failed,
-            "truncated": result.truncated,
-            "unknown": result.unknown,
-            "tokens": result.tokens,
             "seconds": result.seconds,
+            **counts,
         },
     )
     if finished.rowcount == 0:
@@ -214,10 +220,8 @@ def complete(tx: Connection, claim: Claim, result: Result) -> str:
             "embeddings": embeddings if extracting else 0,
             "failed": failed if extracting else 0,
             "residues": work.range.residues if extracting else 0,
-            "truncated": result.truncated,
-            "unknown": result.unknown,
-            "tokens": result.tokens,
             "seconds": result.seconds if extracting else 0.0,
+            **counts,
         },
     ).scalar_one()
     if chunks_left == 0 and job.state == "running":

@@ -103,9 +103,14 @@ def retire_worker(tx: Connection, worker_id: int) -> list[Recovered]:
     tx.execute(
         text("UPDATE workers SET state = 'gone' WHERE id = :worker AND state = 'live'"), {"worker": worker_id}
     )
+    return hand_back(tx, worker_id, "its worker was stopped")
+
+
+def hand_back(tx: Connection, worker_id: int, reason: str, *, seconds: float = 0.0) -> list[Recovered]:
+    """Free what a worker has held for so long, by the ledger, and does not work on; the attempts are forgiven."""
     freed = []
-    for chunk in lock_held(tx, worker_id):
-        note_setbacks(tx, [chunk.id], SetbackKind.HANDED_BACK, "its worker was stopped")
+    for chunk in lock_held(tx, worker_id, seconds=seconds):
+        note_setbacks(tx, [chunk.id], SetbackKind.HANDED_BACK, reason)
         tx.execute(
             text(
                 "UPDATE chunks SET state = 'pending', attempts = attempts - 1, lease_token = NULL WHERE id = :id"
@@ -115,6 +120,22 @@ def retire_worker(tx: Connection, worker_id: int) -> list[Recovered]:
         enqueue(tx, chunk.id)
         freed.append(Recovered(chunk.id, chunk.job_id, chunk.stage, chunk.attempts, worker_id, "pending"))
     return freed
+
+
+def note_clock_set_back(tx: Connection) -> None:
+    """If the database's clock was set back, give each live worker the time that it had, from now on.
+
+    One that died would be missed only when the clock is where it was.
+    """
+    tx.execute(
+        text("""
+            UPDATE workers
+               SET heartbeat_at = now(), progress_at = least(progress_at, now()),
+                   lease_expires_at = now() + (lease_expires_at - heartbeat_at)
+             WHERE id IN (SELECT id FROM workers WHERE state = 'live' AND greatest(heartbeat_at, progress_at) > now()
+                             FOR UPDATE SKIP LOCKED)
+        """)
+    )
 
 
 def expire_workers(tx: Connection) -> list[int]:
@@ -177,11 +198,15 @@ def take_back(tx: Connection, worker_id: int, reason: str, *, max_attempts: int)
     return freed
 
 
-def lock_held(tx: Connection, worker_id: int) -> Iterator[Row[Any]]:
-    """The chunks that a worker holds, one by one, with their jobs locked."""
+def lock_held(tx: Connection, worker_id: int, *, seconds: float = 0.0) -> Iterator[Row[Any]]:
+    """The chunks that a worker has held for so long, one by one, with their jobs locked."""
     held = tx.execute(
-        text("SELECT id, job_id FROM chunks WHERE worker_id = :worker AND state = 'running' ORDER BY id"),
-        {"worker": worker_id},
+        text("""
+            SELECT id, job_id FROM chunks
+             WHERE worker_id = :worker AND state = 'running'
+               AND claimed_at <= now() - make_interval(secs => :seconds) ORDER BY id
+        """),
+        {"worker": worker_id, "seconds": seconds},
     ).all()
     for chunk in held:
         lock_job(tx, chunk.job_id)

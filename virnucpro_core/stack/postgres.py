@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -75,11 +76,15 @@ class PostgresServer:
         password_file = self.folder / "superuser-password"
         write_private(password_file, self.secrets.read(password_name(SUPERUSER)))
         self._hand_over(self.folder, password_file)
-        arguments = ["--pgdata", str(self.data), "--username", SUPERUSER, "--pwfile", str(password_file)]
+        # Under another name until it is complete: who is killed meanwhile must not leave half a cluster for one.
+        unfinished = self.folder / "unfinished"
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
+        arguments = ["--pgdata", str(unfinished), "--username", SUPERUSER, "--pwfile", str(password_file)]
         arguments += ["--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C"]
         try:
             subprocess.run(
-                [*self._unprivileged(), str(find_binary("initdb")), *arguments],
+                [*self._unprivileged(), *tied_to_parent([str(find_binary("initdb")), *arguments])],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -92,6 +97,7 @@ class PostgresServer:
             ) from error
         finally:
             password_file.unlink()
+        unfinished.rename(self.data)
 
     def command(self) -> list[str]:
         """The server's command line, in the foreground."""
@@ -146,16 +152,14 @@ class PostgresServer:
     def create_database(
         self, name: str, owner: str, *, guests: Sequence[str] = (), template: str = "template1"
     ) -> None:
-        """Make a database that only its owner and guests may connect to; no-op if it is there."""
+        """Make a database, if it is not there, that only its owner and guests may connect to."""
+        database, role = sql.Identifier(name), sql.Identifier(owner)
         with self.connect() as connection:
-            if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone():
-                return
-            database, role = sql.Identifier(name), sql.Identifier(owner)
-            connection.execute(
-                sql.SQL("CREATE DATABASE {} OWNER {} TEMPLATE {}").format(
-                    database, role, sql.Identifier(template)
-                )
+            known = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone()
+            statement = (
+                "ALTER DATABASE {} OWNER TO {}" if known else "CREATE DATABASE {} OWNER {} TEMPLATE {}"
             )
+            connection.execute(sql.SQL(statement).format(database, role, sql.Identifier(template)))
             connection.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(database))
             for guest in guests:
                 connection.execute(
