@@ -179,6 +179,7 @@ def set_clock_back(ledger: Engine) -> None:
     stamps = {
         "outbox": ("due_at", "published_at"),
         "workers": ("heartbeat_at", "progress_at", "lease_expires_at"),
+        "chunks": ("claimed_at",),
     }
     for table, columns in stamps.items():
         later = ", ".join(f"{column} = {column} + interval '1 hour'" for column in columns)
@@ -208,6 +209,8 @@ def test_worker_has_no_more_than_its_time_after_the_clock_was_set_back(ledger: E
     assert reap(ledger, load_settings()) == []
     bounded = text("SELECT lease_expires_at <= now() + interval '60 s' AND progress_at <= now() FROM workers")
     assert in_transaction(ledger, lambda tx: tx.execute(bounded).scalar_one())
+    expire(ledger, worker, "lease_expires_at")
+    assert [chunk.chunk_id for chunk in reap(ledger, load_settings())] == [first]
 
 
 def expire(ledger: Engine, worker: int, column: str) -> None:

@@ -107,7 +107,7 @@ def retire_worker(tx: Connection, worker_id: int) -> list[Recovered]:
 
 
 def hand_back(tx: Connection, worker_id: int, reason: str, *, seconds: float = 0.0) -> list[Recovered]:
-    """Free what a worker has held for so long, by the ledger, and does not work on; the attempts are forgiven."""
+    """Free what a worker holds, or has held for so long, and does not work on; the attempts are forgiven."""
     freed = []
     for chunk in lock_held(tx, worker_id, seconds=seconds):
         note_setbacks(tx, [chunk.id], SetbackKind.HANDED_BACK, reason)
@@ -199,12 +199,12 @@ def take_back(tx: Connection, worker_id: int, reason: str, *, max_attempts: int)
 
 
 def lock_held(tx: Connection, worker_id: int, *, seconds: float = 0.0) -> Iterator[Row[Any]]:
-    """The chunks that a worker has held for so long, one by one, with their jobs locked."""
+    """The chunks that a worker holds, or has held for so long, one by one, with their jobs locked."""
     held = tx.execute(
         text("""
             SELECT id, job_id FROM chunks
              WHERE worker_id = :worker AND state = 'running'
-               AND claimed_at <= now() - make_interval(secs => :seconds) ORDER BY id
+               AND (:seconds = 0 OR claimed_at <= now() - make_interval(secs => :seconds)) ORDER BY id
         """),
         {"worker": worker_id, "seconds": seconds},
     ).all()
