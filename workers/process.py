@@ -6,7 +6,6 @@ While a chunk is computed, the next ones are read and the last one is written an
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,10 +27,10 @@ from virnucpro_core.errors import (
     VirnucproError,
     WeightsError,
 )
+from virnucpro_core.gpus import MASK
 from virnucpro_core.ledger.database import in_transaction, open_ledger
 from virnucpro_core.ledger.jobs import resume
 from virnucpro_core.ledger.outbox import send_again
-from virnucpro_core.ledger.queries import live_workers
 from virnucpro_core.ledger.rejections import RejectionReason, count_rejections
 from virnucpro_core.ledger.suspects import break_down, must_be_condemned, must_be_halved, split
 from virnucpro_core.ledger.transitions import (
@@ -52,6 +51,7 @@ from workers.cleaning import remove_expired, sweep
 from workers.heartbeat import Heartbeat
 from workers.merging import merge
 from workers.models import ModelKeeper
+from workers.others import Others
 from workers.persistence import Persistence, commit
 from workers.reading import LookAhead, condemn
 from workers.stages import Outcome, Stage, find_damaged, keep_extraction, validate
@@ -68,8 +68,6 @@ PERMANENT = (InputChangedError, MismatchError)
 """Errors that another attempt would only repeat."""
 
 SEND_AGAIN_SECONDS = 2.0
-OFFER_AGAIN_SECONDS = 10.0  # for a chunk that this process cannot run at all
-GIVE_WAY_SECONDS = OFFER_AGAIN_SECONDS + 2.0  # until somebody else who waits for messages has that one
 FLUSH_SECONDS = 30.0
 UNFIT = 71  # exit code of a child that should not go on
 
@@ -106,13 +104,13 @@ class WorkerProcess:
         self.closing = Event()
         self.persist = Persistence(self.ledger, self.closing)
         self.models = ModelKeeper(settings.model_root)
-        self.others_idle: Counter[int] = Counter()  # by chunk, how often in a row
+        self.others = Others(self.ledger, queue, settings.max_attempts, self.closing)
         self.heartbeat = Heartbeat(
             self.ledger,
             settings,
             node=node,
             queue=queue,
-            device=os.environ.get("CUDA_VISIBLE_DEVICES") or "cpu",
+            device=os.environ.get(MASK) or "cpu",
             count_progress=self.count_progress,
             celery=celery,
         )
@@ -169,7 +167,7 @@ class WorkerProcess:
         try:
             model = self.models.load(work)
         except (WeightsError, ExecutionError) as error:
-            if self._leave_to_others(work, worker_id, error):
+            if self.others.take(work, worker_id, error):
                 return
             # Claimed without a class, so that the job is not pinned to a worker that cannot run it.
             claimed = self._claim(work, worker_id)
@@ -223,34 +221,6 @@ class WorkerProcess:
             halves = halve(work.location, work.compression, work.range, roots=self.settings.input_folders)
             self.persist(split, claimed, halves)
             log.warning("chunk_halved", deaths=claimed.deaths, setback=claimed.setback)
-
-    def _leave_to_others(self, work: Work, worker_id: int, error: VirnucproError) -> bool:
-        """Have a chunk that this process cannot run sent again for another worker; False if no other can take it.
-
-        A busy worker may come to it. One that is idle may still be loading the model; but if all others have been
-        found idle as often as a chunk has attempts, they cannot run it either. Meanwhile this process, which would
-        idle with them, gives way.
-        """
-        same = [one for one in in_transaction(self.ledger, live_workers) if one.queue == self.heartbeat.queue]
-        others = [one for one in same if one.id != worker_id]
-        busy = any(other.chunk_id is not None for other in others)
-        if busy:
-            del self.others_idle[work.chunk_id]
-        else:
-            self.others_idle[work.chunk_id] += 1
-        if not others or self.others_idle[work.chunk_id] > self.settings.max_attempts:
-            return False
-        in_transaction(
-            self.ledger,
-            send_again,
-            work.chunk_id,
-            delay=OFFER_AGAIN_SECONDS,
-            reason=f"a worker said: {error}",
-        )
-        log.error("chunk_left_to_others", others=len(others), reason=str(error))
-        if not busy:
-            self.closing.wait(GIVE_WAY_SECONDS)
-        return True
 
     def _finish_writing(self, timeout: float | None = None) -> None:
         """Wait for the chunk that is being written, if there is one.

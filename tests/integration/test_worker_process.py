@@ -25,7 +25,8 @@ from virnucpro_core.ledger.queries import chunk_ranges
 from virnucpro_core.ledger.tallies import read_tallies
 from virnucpro_core.ledger.transitions import Declined, describe
 from virnucpro_core.ledger.work import Work
-from workers.process import OFFER_AGAIN_SECONDS, WorkerProcess
+from workers.others import OFFER_AGAIN_SECONDS
+from workers.process import WorkerProcess
 from workers.reaper import reap
 from workers.stages import keep_extraction
 from workers.tasks import process_of
