@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import signal
 import socket
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from threading import Event, Thread
 
 import structlog
@@ -17,10 +15,9 @@ from sqlalchemy import Engine
 from virnucpro_core.errors import ServiceError
 from virnucpro_core.gpus import GpuMeter
 from virnucpro_core.ledger.database import in_transaction
-from virnucpro_core.ledger.health import waits_in_broker
 from virnucpro_core.ledger.workers import beat, register_worker, retire_worker
 from virnucpro_core.settings import Settings
-from workers.reaper import free_chunks, hand_back_soon, tell_freed
+from workers.reaper import free_chunks, hand_back_unknown, tell_freed
 
 log = structlog.get_logger()
 
@@ -33,13 +30,12 @@ class Heartbeat:
     """Registers this process as a worker, renews it, and ends the process when the ledger has given it up.
 
     A watchdog outside Python's reach ends the process, too, when this thread cannot run for several leases: a
-    library that never returns and holds the interpreter would otherwise keep a GPU for ever. And if the Celery node
-    that is to bring messages hangs, it is ended, and this process with it: the launcher starts both again.
+    library that never returns and holds the interpreter would otherwise keep a GPU for ever.
 
     Args:
-        celery: the process id of that node; None where there is none.
         count_progress: returns a number that rises while the process gets anything done; None while it has nothing
             to do.
+        held: returns the lease tokens of the chunks that the process works on.
 
     Attributes:
         gpu_memory_peak: the most bytes that this process has had of its GPU, as far as it has said so.
@@ -54,7 +50,7 @@ class Heartbeat:
         queue: str,
         device: str,
         count_progress: Callable[[], int | None],
-        celery: int | None = None,
+        held: Callable[[], Collection[int]],
     ) -> None:
         self.ledger = ledger
         self.settings = settings
@@ -62,8 +58,7 @@ class Heartbeat:
         self.queue = queue
         self.device = device
         self.count_progress = count_progress
-        self.celery = celery
-        self.idle_since = time.monotonic()
+        self.held = held
         self.gpu = GpuMeter(device)
         self.gpu_memory_peak = 0
         self.worker_id: int | None = None
@@ -122,12 +117,11 @@ class Heartbeat:
             free_chunks(self.ledger, predecessor, "the worker was replaced", self.settings)
 
     def _renew(self, worker_id: int) -> None:
-        progress = self.count_progress()
         alive = in_transaction(
             self.ledger,
             beat,
             worker_id,
-            progress=progress,
+            progress=self.count_progress(),
             lease_seconds=self.settings.lease_seconds,
             gpu=self.gpu.read(),
             gpu_memory_peak=self.gpu_memory_peak,
@@ -135,25 +129,24 @@ class Heartbeat:
         if not alive and not self.stopping.is_set():
             log.error("worker_given_up", node=self.node, todo="Celery starts a new process.")
             os._exit(GIVEN_UP)
-        if progress is not None:
-            self.idle_since = time.monotonic()
-        else:
-            self._use_rest(worker_id, time.monotonic() - self.idle_since)
+        self._hand_back_unknown(worker_id)
 
-    def _use_rest(self, worker_id: int, idle_seconds: float) -> None:
-        """Look for what should keep this process from being idle.
+    def _hand_back_unknown(self, worker_id: int) -> None:
+        """Free what this process holds by the ledger and does not work on.
 
-        A chunk that it holds by the ledger: where a database came back without its last transactions, the commit.
-        Or a message that waits: then the Celery node, which should bring it, hangs.
+        That is so where a database came back without its last transactions, the commit of a chunk among them. One
+        that was claimed within the last lease may not be known here yet.
         """
-        lease = self.settings.lease_seconds
-        if idle_seconds > lease:
-            # Not one that was claimed in this moment.
-            freed = in_transaction(self.ledger, hand_back_soon, worker_id, UNKNOWN_CHUNK, lease)
+        try:
+            freed = in_transaction(
+                self.ledger,
+                hand_back_unknown,
+                worker_id,
+                UNKNOWN_CHUNK,
+                self.held(),
+                self.settings.lease_seconds,
+            )
+        except ServiceError as error:
+            log.info("chunks_not_looked_for", reason=str(error))  # with the next beat
+        else:
             tell_freed(freed, UNKNOWN_CHUNK)
-        stuck = self.settings.stuck_seconds
-        if self.celery is None or idle_seconds < stuck:
-            return
-        if in_transaction(self.ledger, waits_in_broker, self.queue, seconds=stuck):
-            log.error("celery_hangs", node=self.node, pid=self.celery, todo="The launcher starts it again.")
-            os.kill(self.celery, signal.SIGKILL)

@@ -13,6 +13,7 @@ from virnucpro_core.ledger.database import in_transaction
 from virnucpro_core.ledger.outbox import send_again
 from virnucpro_core.ledger.queries import live_workers
 from virnucpro_core.ledger.work import Work
+from virnucpro_core.settings import Settings
 
 log = structlog.get_logger()
 
@@ -25,14 +26,13 @@ class Others:
 
     Args:
         queue: the queue that this process takes messages from.
-        max_attempts: as often they may be found idle over a chunk before they are taken to be unable to run it, too.
         closing: set when this process is to end.
     """
 
-    def __init__(self, ledger: Engine, queue: str, max_attempts: int, closing: Event) -> None:
+    def __init__(self, ledger: Engine, settings: Settings, queue: str, closing: Event) -> None:
         self.ledger = ledger
+        self.settings = settings
         self.queue = queue
-        self.max_attempts = max_attempts
         self.closing = closing
         self.found_idle: Counter[int] = Counter()  # by chunk, how often in a row
 
@@ -50,7 +50,7 @@ class Others:
             del self.found_idle[work.chunk_id]
         else:
             self.found_idle[work.chunk_id] += 1
-        if not others or self.found_idle[work.chunk_id] > self.max_attempts:
+        if not others or self.found_idle[work.chunk_id] > self.settings.max_attempts:
             return False
         in_transaction(
             self.ledger,
@@ -61,5 +61,6 @@ class Others:
         )
         log.error("chunk_left_to_others", others=len(others), reason=str(error))
         if not busy:
-            self.closing.wait(GIVE_WAY_SECONDS)
+            # Not for so long that this process would count as stuck.
+            self.closing.wait(min(GIVE_WAY_SECONDS, self.settings.stuck_seconds / 2))
         return True

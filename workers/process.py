@@ -6,16 +6,17 @@ While a chunk is computed, the next ones are read and the last one is written an
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import Context
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import psutil
 import structlog
 from celery.exceptions import SoftTimeLimitExceeded
+from sqlalchemy import Connection
 
 from virnucpro_core.errors import (
     ArtifactError,
@@ -62,6 +63,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 WHOLE_INPUT_STAGES: dict[str, Stage] = {MERGE: merge, VALIDATE: validate}
 
 PERMANENT = (InputChangedError, MismatchError)
@@ -90,21 +94,22 @@ class WorkerProcess:
     Args:
         node: the Celery node's name, unique among live workers.
         queue: the queue that it takes messages from.
-        celery: the process id of that node, if it is one.
     """
 
-    def __init__(self, settings: Settings, *, node: str, queue: str, celery: int | None = None) -> None:
+    def __init__(self, settings: Settings, *, node: str, queue: str) -> None:
         self.settings = settings
         self.ledger = open_ledger(settings.database_url_for("worker"))
+        self.queue = queue
         self.busy = False
         self.records_done = 0
+        self.held: set[int] = set()  # lease tokens of what is claimed and not ended yet
         self.look_ahead = LookAhead(self.ledger, settings, queue)
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self.writing: Future[None] | None = None
         self.closing = Event()
         self.persist = Persistence(self.ledger, self.closing)
         self.models = ModelKeeper(settings.model_root)
-        self.others = Others(self.ledger, queue, settings.max_attempts, self.closing)
+        self.others = Others(self.ledger, settings, queue, self.closing)
         self.heartbeat = Heartbeat(
             self.ledger,
             settings,
@@ -112,12 +117,16 @@ class WorkerProcess:
             queue=queue,
             device=os.environ.get(MASK) or "cpu",
             count_progress=self.count_progress,
-            celery=celery,
+            held=lambda: list(self.held),
         )
+
+    def is_idle(self) -> bool:
+        """Whether no chunk is computed or written."""
+        return not self.busy and (self.writing is None or self.writing.done())
 
     def count_progress(self) -> int | None:
         """Records embedded, and MiB read and written (in MiB, as asking reads some bytes, too); None if idle."""
-        if not self.busy and (self.writing is None or self.writing.done()):
+        if self.is_idle():
             return None
         counters = psutil.Process().io_counters()
         return self.records_done + (counters.read_chars + counters.write_chars >> 20)
@@ -126,8 +135,7 @@ class WorkerProcess:
         """Run a chunk, unless the ledger says that it is not there to be run.
 
         Raises:
-            ServiceError: the database went away before the chunk was claimed, or the process closes while it is
-                away; the relay sends the message again.
+            ServiceError: the database went away before the chunk was claimed; the relay sends the message again.
             SystemExit: after an error that nobody foresaw. What broke may be the process itself (a CUDA error
                 sticks to it), so a fresh one takes over. Likewise when a claim's answer was lost.
         """
@@ -219,7 +227,7 @@ class WorkerProcess:
         work = claimed.work
         with self._attempt(claimed):
             halves = halve(work.location, work.compression, work.range, roots=self.settings.input_folders)
-            self.persist(split, claimed, halves)
+            self._end(split, claimed, halves)
             log.warning("chunk_halved", deaths=claimed.deaths, setback=claimed.setback)
 
     def _finish_writing(self, timeout: float | None = None) -> None:
@@ -248,6 +256,7 @@ class WorkerProcess:
             log.warning("claim_unknown", reason=str(error))
             raise SystemExit(UNFIT) from error
         if isinstance(claimed, Claim):
+            self.held.add(claimed.token)
             log.info("claimed", attempt=claimed.attempt, deaths=claimed.deaths)
         return claimed
 
@@ -314,9 +323,9 @@ class WorkerProcess:
         said = said.replace("\0", "\\0")  # PostgreSQL takes no NUL
         try:
             if fatal:
-                state = self.persist(break_down, claimed, said, max_attempts=self.settings.max_attempts)
+                state = self._end(break_down, claimed, said, max_attempts=self.settings.max_attempts)
             else:
-                state = self.persist(
+                state = self._end(
                     fail,
                     claimed,
                     said,
@@ -329,5 +338,18 @@ class WorkerProcess:
             log.error("chunk_failed", error=said, now=state)
 
     def _commit(self, claimed: Claim, outcome: Outcome) -> None:
-        state = self.persist(commit, claimed, outcome)
+        state = self._end(commit, claimed, outcome)
         log.info("committed", job_state=state, seconds=round(outcome.result.seconds, 3))
+
+    def _end(
+        self,
+        function: Callable[Concatenate[Connection, Claim, P], T],
+        claimed: Claim,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Tell the ledger how an attempt ended; from then on this process does not hold its chunk."""
+        try:
+            return self.persist(function, claimed, *args, **kwargs)
+        finally:
+            self.held.discard(claimed.token)

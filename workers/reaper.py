@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import structlog
 from sqlalchemy import Connection, Engine, text
@@ -15,7 +15,7 @@ from virnucpro_core.ledger.workers import (
     expire_stuck_workers,
     expire_workers,
     hand_back,
-    note_clock_set_back,
+    renew_after_set_back,
     take_back,
 )
 from virnucpro_core.logs import about
@@ -35,7 +35,7 @@ def reap(ledger: Engine, settings: Settings) -> list[Recovered]:
     Raises:
         ServiceError: the database cannot be used.
     """
-    in_transaction(ledger, note_clock_set_back)
+    in_transaction(ledger, renew_after_set_back)
     reasons = dict.fromkeys(in_transaction(ledger, expire_workers), "its worker fell silent")
     stuck = in_transaction(ledger, expire_stuck_workers, stuck_seconds=settings.stuck_seconds)
     reasons |= dict.fromkeys(stuck, f"its worker made no progress for {settings.stuck_seconds:g} s")
@@ -71,9 +71,11 @@ def tell_freed(freed: Sequence[Recovered], reason: str) -> None:
             log.warning("chunk_freed", now=chunk.state, reason=reason)
 
 
-def hand_back_soon(tx: Connection, worker_id: int, reason: str, seconds: float) -> list[Recovered]:
+def hand_back_unknown(
+    tx: Connection, worker_id: int, reason: str, known: Collection[int], seconds: float
+) -> list[Recovered]:
     tx.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
-    return hand_back(tx, worker_id, reason, seconds=seconds)
+    return hand_back(tx, worker_id, reason, known=known, seconds=seconds)
 
 
 def take_back_soon(tx: Connection, worker_id: int, reason: str, max_attempts: int) -> list[Recovered]:

@@ -73,10 +73,12 @@ def keep_extraction(work: Work, extraction: Extraction, settings: Settings) -> O
         ArtifactError: the file cannot be written.
     """
     execution = extraction.execution.to_json()
+    # Whoever still computes what is in other hands by now must not write over what they made: where a chunk was
+    # halved, its first half has its ordinal; where nothing else of the job was begun, another execution class may
+    # compute it.
+    name = f"{work.range.ordinal:08d}-{work.range.records}-{extraction.execution.sha256[:8]}.safetensors"
     written = write_matrix(
-        # A chunk that was halved leaves its ordinal to its first half: whoever still computes the whole of it must
-        # not write over that.
-        stage_folder(work, settings) / f"{work.range.ordinal:08d}-{work.range.records}.safetensors",
+        stage_folder(work, settings) / name,
         extraction.ids,
         extraction.records,
         extraction.embeddings,
@@ -119,10 +121,17 @@ def validate(ledger: Engine, work: Work, settings: Settings) -> Outcome:
     artifacts = [] if failures is None else [describe_file(failures, FAILURES, settings)]
     merged_paths = {Path(row.path).name: locate(row, settings) for row in made if row.kind == MERGED}
     exports = [as_written(row, settings) for row in made if row.kind == EXPORT]
-    publications = []
+    publications: list[Publication] = []
     reporter = Reporter(ledger, work, settings)
     submissions = in_transaction(ledger, submissions_of, work.job_id)
+    # Submissions may share a folder, and what is merged there.
+    merged_to = {
+        published_folder(work, one, settings)
+        for one in submissions
+        if file_name(MERGED, one.id) in merged_paths
+    }
     for submission in submissions:
+        readers_folder = published_folder(work, submission, settings)
         manifest = write_manifest(
             folder / file_name(MANIFEST, submission.id),
             in_transaction(ledger, describe_result, work, submission, exports),
@@ -133,17 +142,16 @@ def validate(ledger: Engine, work: Work, settings: Settings) -> Outcome:
             artifacts.append(describe_file(report, REPORT, settings))
         publications.append(
             Publication(
-                folder=published_folder(work, submission, settings),
+                folder=readers_folder,
                 stem=submission.stem,
                 exports=[export.path for export in exports],
                 merged=merged_paths.get(file_name(MERGED, submission.id)),
+                unmerged=bool(submission.nucleotide_path) and readers_folder not in merged_to,
                 failures=None if failures is None else failures.path,
                 report=None if report is None else report.path,
                 manifest=manifest.path,
             )
         )
-    # Submissions may share a folder: one without merged features removes what was there, so it comes first.
-    publications.sort(key=lambda publication: publication.merged is not None)
     result = Result(
         artifacts=artifacts,
         seconds=time.perf_counter() - started,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from celery import Task
@@ -19,7 +19,8 @@ from celery.signals import (
 from virnucpro_core.logs import configure_logging
 from virnucpro_core.settings import load_settings
 from virnucpro_core.stack.processes import die_with_parent
-from workers.app import app
+from workers.app import app, check_broker
+from workers.delivery import LEAST_PATIENCE_SECONDS, watch_delivery
 from workers.messages import STAGES, task_name
 from workers.process import WorkerProcess
 from workers.shutdown import bound_shutdown
@@ -34,7 +35,7 @@ TASK_LOGGERS = ("celery.worker.strategy", "celery.app.trace")
 def process_of(node: str) -> WorkerProcess:
     """This child's life, begun when it is first asked for."""
     queues = sorted(app.amqp.queues.consume_from)
-    return WorkerProcess(load_settings(), node=node, queue=",".join(queues), celery=os.getppid())
+    return WorkerProcess(load_settings(), node=node, queue=",".join(queues))
 
 
 @celeryd_init.connect  # type: ignore[untyped-decorator]
@@ -57,7 +58,9 @@ def end_in_time(**_: Any) -> None:
 def begin(sender: str, **_: Any) -> None:
     # An orphan would keep its GPU to itself. One whose parent ended before this gets no message any more.
     die_with_parent()
-    process_of(sender)
+    process = process_of(sender)
+    patience = max(LEAST_PATIENCE_SECONDS, process.settings.stuck_seconds)
+    watch_delivery(process, os.getppid(), partial(check_broker, app), patience)
 
 
 @worker_process_shutdown.connect  # type: ignore[untyped-decorator]

@@ -157,3 +157,20 @@ def test_merged_file_stays_where_one_of_two_equal_submissions_lost_its_nucleotid
     assert pipeline.published(job_id) == pipeline.published(job_id, 1)
     assert (pipeline.published(job_id) / "small_merged.pt").exists()
     assert verify_job(pipeline.ledger, pipeline.settings.output_root, job_id).passed
+
+
+def test_merged_file_that_is_not_ours_is_left(
+    pipeline: Pipeline, run_chunks: Callable[[str], None], small_fasta: Path
+) -> None:
+    """Whoever merges by hand puts it beside the embeddings; another submission of the same content publishes there."""
+    job_id = pipeline.submit(small_fasta).job_id
+    for stage in STAGES:
+        run_chunks(stage)
+    merged = pipeline.published(job_id) / "small_merged.pt"
+    merged.write_bytes(b"mine")
+    again = shutil.copytree(small_fasta.parent, small_fasta.parent / "again")
+    pipeline.submit(again / small_fasta.name)
+    for stage in STAGES[1:]:
+        run_chunks(stage)
+    assert pipeline.published(job_id) == pipeline.published(job_id, 1)
+    assert merged.read_bytes() == b"mine"

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_a_database_that_was_made_and_not_yet_closed_is_closed(postgres: Postgre
     """Whoever made it was killed in between."""
     postgres.create_role("stranger")
     with postgres.connect() as connection:
-        connection.execute("CREATE DATABASE half_made")
+        connection.execute("CREATE DATABASE half_made OWNER virnucpro_owner")
     urls = postgres.create_ledger_database("half_made")
     try:
         connect(urls["worker"]).close()
@@ -115,10 +116,15 @@ PREPARER = """
 
 def test_a_cluster_that_was_half_made_is_made_again(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", textwrap.dedent(PREPARER), str(tmp_path)]
-    with subprocess.Popen(argv, start_new_session=True) as preparer:
+    with subprocess.Popen(argv) as preparer:
+        # PG_VERSION is initdb's first file.
         while not list(tmp_path.glob("postgres/*/PG_VERSION")):
             assert preparer.poll() is None
-        os.killpg(preparer.pid, signal.SIGKILL)
+            time.sleep(0.005)
+        programs = psutil.Process(preparer.pid).children(recursive=True)
+        preparer.kill()
+    _, left = psutil.wait_procs(programs, timeout=60)
+    assert not left, "initdb ends with whoever asked for it"
     server = PostgresServer(tmp_path / "postgres", choose_port(), Secrets(tmp_path / "secrets"))
     server.prepare()
     with server.process(tmp_path / "log") as process:

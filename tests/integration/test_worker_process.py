@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +26,6 @@ from workers.others import OFFER_AGAIN_SECONDS
 from workers.process import WorkerProcess
 from workers.reaper import reap
 from workers.stages import keep_extraction
-from workers.tasks import process_of
 
 if TYPE_CHECKING:
     from tests.fixtures_pipeline import Pipeline
@@ -120,45 +116,42 @@ def test_message_that_comes_while_the_ledger_is_away_is_kept(
 def test_chunk_that_its_worker_knows_nothing_of_is_handed_back(
     pipeline: Pipeline, small_fasta: Path, start: Start
 ) -> None:
-    """As after a failover to a standby that had not yet heard of the chunk's commit."""
+    """As after a failover to a standby that had not yet heard of its commit; the worker has gone on meanwhile."""
     pipeline.configure(lease_seconds=1, heartbeat_seconds=0.2)
-    first, *_ = submit(pipeline, small_fasta)
+    first, second, *_ = submit(pipeline, small_fasta)
     process = start()
     worker = process.heartbeat.wait_for_worker()
+    process.held.add(in_transaction(pipeline.ledger, ledger_jobs.claim, second, worker).token)
+    process.busy = True
     in_transaction(pipeline.ledger, ledger_jobs.claim, first, worker)
-    process.heartbeat.idle_since -= 3600
     pipeline.wait_until(lambda: chunk_row(pipeline, first).state == "pending", seconds=30)
     assert chunk_row(pipeline, first).attempts == 0
     (kept,) = pipeline.rows("SELECT ended_at - claimed_at >= interval '1 s' AS kept FROM setbacks")
     assert kept.kept, "one that was claimed in this moment is its own"
+    assert chunk_row(pipeline, second).state == "running"
     assert pipeline.rows("SELECT 1 FROM workers WHERE id = :id AND state = 'live'", id=worker)
     assert pipeline.rows("SELECT 1 FROM outbox WHERE chunk_id = :chunk", chunk=first)
 
 
-def test_celery_node_that_hangs_is_ended(pipeline: Pipeline, small_fasta: Path, start: Start) -> None:
-    """Its child lives and has nothing to do, so the ledger would miss nobody."""
-    pipeline.configure(stuck_seconds=60, heartbeat_seconds=0.2)
-    submit(pipeline, small_fasta)
-    sent = text("UPDATE outbox SET published_at = now() - interval '61 s'")
-    in_transaction(pipeline.ledger, lambda tx: tx.execute(sent))
-    heartbeat = start().heartbeat
-    with subprocess.Popen(["sleep", "90"]) as celery:
-        heartbeat.celery = celery.pid
-        heartbeat.wait_for_worker()
-        beats = "SELECT 1 FROM workers WHERE heartbeat_at > started_at + interval '0.5 s'"
-        pipeline.wait_until(lambda: pipeline.rows(beats))
-        assert celery.poll() is None, "this process has just begun to wait"
-        heartbeat.idle_since -= 61
-        assert celery.wait(60) == -signal.SIGKILL
+def test_ended_attempts_are_not_held_any_more(pipeline: Pipeline, small_fasta: Path, start: Start) -> None:
+    first, *_ = submit(pipeline, small_fasta)
+    process = start()
+    process.run("extract", first)
+    process.close()
+    assert chunk_row(pipeline, first).state == "done"
+    assert not process.held
 
 
-def test_celery_node_is_the_process_that_forked_its_child(
-    settings_environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+def test_execution_classes_write_under_names_of_their_own(
+    pipeline: Pipeline, small_fasta: Path, start: Start
 ) -> None:
-    begun: dict[str, Any] = {}
-    monkeypatch.setattr("workers.tasks.WorkerProcess", lambda _, **given: begun.update(given))
-    process_of.__wrapped__("extract@test")
-    assert begun["celery"] == os.getppid()
+    """A worker that was given up goes on; the job, of which nothing was done, may be another class's by then."""
+    first, *_ = submit(pipeline, small_fasta)
+    process = start()
+    process.run("extract", first)
+    process.close()
+    (artifact,) = pipeline.rows("SELECT path FROM artifacts")
+    assert Path(artifact.path).stem.endswith(f"-{pipeline.job(1).execution_class[:8]}")
 
 
 @pytest.fixture

@@ -69,11 +69,10 @@ def test_a_file_that_cannot_be_used_is_refused_before_anything_is_started(
     content: bytes | None, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    load_settings.cache_clear()
+    monkeypatch.setattr(demo, "load_settings", load_settings.__wrapped__)
     fasta = tmp_path / "input.fasta"
     if content is not None:
         fasta.write_bytes(content)
     with pytest.raises(error):
         demo.run_demo(fasta, state_folder=tmp_path / "state", console=Console(file=StringIO()))
     assert {path.name for path in tmp_path.iterdir()} <= {fasta.name}
-    load_settings.cache_clear()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from virnucpro_core.cli.connections import connect
-from virnucpro_core.cli.files import NucleotidesAllowed
+from virnucpro_core.cli.files import NucleotidesOption
 from virnucpro_core.cli.jobs import PANEL, RegisteredModelOption
 from virnucpro_core.cli.output import (
     AsJson,
@@ -38,7 +38,7 @@ def add_commands(app: typer.Typer) -> None:
 def estimate(
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="FASTA files.")],
     model: RegisteredModelOption = None,
-    allow_nucleotides: NucleotidesAllowed = False,
+    allow_nucleotides: NucleotidesOption = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell what files will take: chunks, truncations, rejects, disk, and time by the rates of earlier jobs.

@@ -28,7 +28,7 @@ PANEL = "Files (no service needed)"
 NAMED = 5  # errors of one file that its line names
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write.")]
-NucleotidesAllowed = Annotated[
+NucleotidesOption = Annotated[
     bool,
     typer.Option("--allow-nucleotides", help="Take a file that looks like nucleotides for proteins."),
 ]
@@ -55,7 +55,7 @@ def extract(
             help="What a letter outside the vocabulary does: become `<unk>`, or fail its record (strict)."
         ),
     ] = "unknown",
-    allow_nucleotides: NucleotidesAllowed = False,
+    allow_nucleotides: NucleotidesOption = False,
     as_json: AsJson = False,
 ) -> None:
     """Embed the proteins of a FASTA file with FastESM2, on this host.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from virnucpro_core.cli.connections import connect, name_person
-from virnucpro_core.cli.files import NucleotidesAllowed
+from virnucpro_core.cli.files import NucleotidesOption
 from virnucpro_core.cli.jobs import PANEL, RegisteredModelOption, print_status
 from virnucpro_core.cli.output import AsJson, print_error, print_json, print_line, print_note, show_progress
 from virnucpro_core.errors import InputError, JobError
@@ -63,7 +63,7 @@ def submit(
             show_default="VIRNUCPRO_MAX_FAILED_SHARE",
         ),
     ] = None,
-    allow_nucleotides: NucleotidesAllowed = False,
+    allow_nucleotides: NucleotidesOption = False,
     as_json: AsJson = False,
 ) -> None:
     """Register FASTA files as jobs. The same content under the same recipe is computed once.

@@ -17,15 +17,16 @@ def live_nodes(tx: Connection, host: str) -> dict[str, str]:
     return {row.node: row.queue for row in rows}
 
 
-def waits_in_broker(tx: Connection, queue: str, *, seconds: float) -> bool:
-    """Whether a message of a queue was sent so long ago, and was neither claimed nor, being lost, sent again."""
+def waits_in_broker(tx: Connection, queues: str, *, seconds: float) -> bool:
+    """Whether a message of one of the queues (`extract,finish`) was sent so long ago and is not claimed yet."""
     return bool(
         tx.execute(
             text("""
                 SELECT EXISTS (SELECT FROM outbox
-                                WHERE queue = :queue AND published_at < now() - make_interval(secs => :seconds))
+                                WHERE queue = ANY(string_to_array(:queues, ','))
+                                  AND published_at < now() - make_interval(secs => :seconds))
             """),
-            {"queue": queue, "seconds": seconds},
+            {"queues": queues, "seconds": seconds},
         ).scalar_one()
     )
 

@@ -123,7 +123,7 @@ def resume(tx: Connection, job_id: int, lost: Sequence[int] = ()) -> Resumed:
         reset = reset_lost_chunks(tx, job_id)
     if not reset and stages_lost:
         stage = MERGE if MERGE in stages_lost else VALIDATE
-        if (job.state, job.stage) != ("running", stage):  # it makes all of its files anew
+        if (job.state, job.stage) != ("running", stage):  # it sees to its files itself
             redo(tx, job_id, stage)
     elif job.state in ("failed", "cancelled") and not reset and job.chunks_left == 0:
         advance(tx, job_id)

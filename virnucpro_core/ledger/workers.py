@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,10 +106,17 @@ def retire_worker(tx: Connection, worker_id: int) -> list[Recovered]:
     return hand_back(tx, worker_id, "its worker was stopped")
 
 
-def hand_back(tx: Connection, worker_id: int, reason: str, *, seconds: float = 0.0) -> list[Recovered]:
-    """Free what a worker holds, or has held for so long, and does not work on; the attempts are forgiven."""
+def hand_back(
+    tx: Connection, worker_id: int, reason: str, *, known: Collection[int] = (), seconds: float = 0.0
+) -> list[Recovered]:
+    """Free what a worker holds and does not work on; the attempts are forgiven.
+
+    Args:
+        known: lease tokens of what it does work on.
+        seconds: for how long it has held the rest.
+    """
     freed = []
-    for chunk in lock_held(tx, worker_id, seconds=seconds):
+    for chunk in lock_held(tx, worker_id, known=known, seconds=seconds):
         note_setbacks(tx, [chunk.id], SetbackKind.HANDED_BACK, reason)
         tx.execute(
             text(
@@ -122,7 +129,7 @@ def hand_back(tx: Connection, worker_id: int, reason: str, *, seconds: float = 0
     return freed
 
 
-def note_clock_set_back(tx: Connection) -> None:
+def renew_after_set_back(tx: Connection) -> None:
     """If the database's clock was set back, give each live worker the time that it had, from now on.
 
     One that died would be missed only when the clock is where it was.
@@ -198,15 +205,17 @@ def take_back(tx: Connection, worker_id: int, reason: str, *, max_attempts: int)
     return freed
 
 
-def lock_held(tx: Connection, worker_id: int, *, seconds: float = 0.0) -> Iterator[Row[Any]]:
-    """The chunks that a worker holds, or has held for so long, one by one, with their jobs locked."""
+def lock_held(
+    tx: Connection, worker_id: int, *, known: Collection[int] = (), seconds: float = 0.0
+) -> Iterator[Row[Any]]:
+    """The chunks that a worker holds, one by one, with their jobs locked; `known` and `seconds` as in `hand_back`."""
     held = tx.execute(
         text("""
             SELECT id, job_id FROM chunks
-             WHERE worker_id = :worker AND state = 'running'
+             WHERE worker_id = :worker AND state = 'running' AND lease_token <> ALL(:known)
                AND (:seconds = 0 OR claimed_at <= now() - make_interval(secs => :seconds)) ORDER BY id
         """),
-        {"worker": worker_id, "seconds": seconds},
+        {"worker": worker_id, "known": list(known), "seconds": seconds},
     ).all()
     for chunk in held:
         lock_job(tx, chunk.job_id)

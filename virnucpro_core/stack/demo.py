@@ -183,9 +183,8 @@ def show_failed_tasks(airflow: httpx.Client, run: str, console: Console) -> None
         )
         log = f"/dags/{DAG}/dagRuns/{run}/taskInstances/{task['task_id']}/logs/{task['try_number']}"
         content = ask(airflow, "GET", f"{log}?map_index={task['map_index']}")["content"]
-        said = [
-            event for event in content if not event["event"].startswith("::")
-        ]  # which folds the log in a page
+        # Such lines fold the log in Airflow's page.
+        said = [event for event in content if not event["event"].startswith("::")]
         for event in said[-LOG_EVENTS:]:
             errors = [
                 f"{error['exc_type']}: {error['exc_value']}" for error in event.get("error_detail") or ()

@@ -92,8 +92,8 @@ class PostgresServer:
         except subprocess.CalledProcessError as error:
             raise ServiceError(
                 f"initdb failed: {error.stderr.strip()}",
-                where=str(self.data),
-                todo="Remove the folder and try again.",
+                where=str(self.folder),
+                todo="Mend what it says, and try again.",
             ) from error
         finally:
             password_file.unlink()
@@ -155,11 +155,12 @@ class PostgresServer:
         """Make a database, if it is not there, that only its owner and guests may connect to."""
         database, role = sql.Identifier(name), sql.Identifier(owner)
         with self.connect() as connection:
-            known = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone()
-            statement = (
-                "ALTER DATABASE {} OWNER TO {}" if known else "CREATE DATABASE {} OWNER {} TEMPLATE {}"
-            )
-            connection.execute(sql.SQL(statement).format(database, role, sql.Identifier(template)))
+            if not connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone():
+                connection.execute(
+                    sql.SQL("CREATE DATABASE {} OWNER {} TEMPLATE {}").format(
+                        database, role, sql.Identifier(template)
+                    )
+                )
             connection.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(database))
             for guest in guests:
                 connection.execute(
