@@ -33,11 +33,16 @@ PUBLISH_SECONDS = 600  # that publishing may take where files cannot be linked: 
 
 
 class Persistence:
-    """Runs transactions on a ledger again while it is away, until the process closes."""
+    """Runs transactions on a ledger again while it is away, until the process closes.
+
+    Attributes:
+        held: lease tokens of what was claimed, until the ledger is told how it ended.
+    """
 
     def __init__(self, ledger: Engine, closing: Event) -> None:
         self.ledger = ledger
         self.closing = closing
+        self.held: set[int] = set()
 
     def __call__(
         self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
@@ -62,6 +67,18 @@ class Persistence:
             reraise=True,
         )
         return retrying(partial(in_transaction, self.ledger, function), *args, **kwargs)
+
+    def end(
+        self,
+        function: Callable[Concatenate[Connection, Claim, P], T],
+        claimed: Claim,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """The same, of a function that ends an attempt: from then on its chunk is not held any more."""
+        told = self(function, claimed, *args, **kwargs)
+        self.held.discard(claimed.token)
+        return told
 
 
 def commit(tx: Connection, claimed: Claim, outcome: Outcome) -> str:

@@ -6,17 +6,16 @@ While a chunk is computed, the next ones are read and the last one is written an
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import Context
 from threading import Event
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 import psutil
 import structlog
 from celery.exceptions import SoftTimeLimitExceeded
-from sqlalchemy import Connection
 
 from virnucpro_core.errors import (
     ArtifactError,
@@ -63,9 +62,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 WHOLE_INPUT_STAGES: dict[str, Stage] = {MERGE: merge, VALIDATE: validate}
 
 PERMANENT = (InputChangedError, MismatchError)
@@ -102,7 +98,6 @@ class WorkerProcess:
         self.queue = queue
         self.busy = False
         self.records_done = 0
-        self.held: set[int] = set()  # lease tokens of what is claimed and not ended yet
         self.look_ahead = LookAhead(self.ledger, settings, queue)
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self.writing: Future[None] | None = None
@@ -117,7 +112,7 @@ class WorkerProcess:
             queue=queue,
             device=os.environ.get(MASK) or "cpu",
             count_progress=self.count_progress,
-            held=lambda: list(self.held),
+            held=lambda: list(self.persist.held),
         )
 
     def is_idle(self) -> bool:
@@ -227,7 +222,7 @@ class WorkerProcess:
         work = claimed.work
         with self._attempt(claimed):
             halves = halve(work.location, work.compression, work.range, roots=self.settings.input_folders)
-            self._end(split, claimed, halves)
+            self.persist.end(split, claimed, halves)
             log.warning("chunk_halved", deaths=claimed.deaths, setback=claimed.setback)
 
     def _finish_writing(self, timeout: float | None = None) -> None:
@@ -256,7 +251,7 @@ class WorkerProcess:
             log.warning("claim_unknown", reason=str(error))
             raise SystemExit(UNFIT) from error
         if isinstance(claimed, Claim):
-            self.held.add(claimed.token)
+            self.persist.held.add(claimed.token)
             log.info("claimed", attempt=claimed.attempt, deaths=claimed.deaths)
         return claimed
 
@@ -323,9 +318,9 @@ class WorkerProcess:
         said = said.replace("\0", "\\0")  # PostgreSQL takes no NUL
         try:
             if fatal:
-                state = self._end(break_down, claimed, said, max_attempts=self.settings.max_attempts)
+                state = self.persist.end(break_down, claimed, said, max_attempts=self.settings.max_attempts)
             else:
-                state = self._end(
+                state = self.persist.end(
                     fail,
                     claimed,
                     said,
@@ -338,18 +333,5 @@ class WorkerProcess:
             log.error("chunk_failed", error=said, now=state)
 
     def _commit(self, claimed: Claim, outcome: Outcome) -> None:
-        state = self._end(commit, claimed, outcome)
+        state = self.persist.end(commit, claimed, outcome)
         log.info("committed", job_state=state, seconds=round(outcome.result.seconds, 3))
-
-    def _end(
-        self,
-        function: Callable[Concatenate[Connection, Claim, P], T],
-        claimed: Claim,
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T:
-        """Tell the ledger how an attempt ended; from then on this process does not hold its chunk."""
-        try:
-            return self.persist(function, claimed, *args, **kwargs)
-        finally:
-            self.held.discard(claimed.token)

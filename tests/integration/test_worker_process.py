@@ -121,7 +121,7 @@ def test_chunk_that_its_worker_knows_nothing_of_is_handed_back(
     first, second, *_ = submit(pipeline, small_fasta)
     process = start()
     worker = process.heartbeat.wait_for_worker()
-    process.held.add(in_transaction(pipeline.ledger, ledger_jobs.claim, second, worker).token)
+    process.persist.held.add(in_transaction(pipeline.ledger, ledger_jobs.claim, second, worker).token)
     process.busy = True
     in_transaction(pipeline.ledger, ledger_jobs.claim, first, worker)
     pipeline.wait_until(lambda: chunk_row(pipeline, first).state == "pending", seconds=30)
@@ -139,7 +139,7 @@ def test_ended_attempts_are_not_held_any_more(pipeline: Pipeline, small_fasta: P
     process.run("extract", first)
     process.close()
     assert chunk_row(pipeline, first).state == "done"
-    assert not process.held
+    assert not process.persist.held
 
 
 def test_execution_classes_write_under_names_of_their_own(
