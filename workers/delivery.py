@@ -51,7 +51,9 @@ def watch_delivery(
                 return
             waited = waited + pause if is_undelivered() else 0.0
         log.error(
-            "node_ended", pid=node, reason=f"it left messages waiting for {seconds:g} s, and its child idle"
+            "node_given_up",
+            pid=node,
+            reason=f"it left messages waiting for {seconds:g} s, and its child idle",
         )
         os.kill(node, signal.SIGKILL)
 
