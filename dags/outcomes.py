@@ -63,7 +63,7 @@ def read_outcome(tx: Connection, file: SubmittedFile, allowed_share: float) -> F
     fault = ""
     if job.state != "succeeded":
         fault = f"job {job.job} {job.state}" + (f": {job.error}" if job.error else "")
-    elif job.failed / job.records > allowed_share:
+    elif job.failed_share > allowed_share:
         fault = f"{job.failed} of {job.records} records failed, more than the allowed {allowed_share:.2%}"
     elif submission.error:
         fault = f"its nucleotides were not merged: {submission.error}"

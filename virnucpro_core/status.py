@@ -89,6 +89,11 @@ class JobStatus:
     finished_at: datetime | None
     submissions: tuple[SubmissionStatus, ...]
 
+    @property
+    def failed_share(self) -> float:
+        """Of the job's records."""
+        return self.failed / self.records
+
 
 def read_status(tx: Connection, job_id: int) -> JobStatus:
     """All that is known of a job.

@@ -20,7 +20,7 @@ LEAST_PATIENCE_SECONDS = 60.0  # a node may pause for half of it before it looks
 
 
 def watch_delivery(
-    process: WorkerProcess, node: int, check_broker: Callable[[], None], seconds: float
+    process: WorkerProcess, parent: int, check_broker: Callable[[], None], seconds: float
 ) -> None:
     """End a Celery node that hangs or has ceased to consume, and this child with it: the launcher starts both again.
 
@@ -28,7 +28,7 @@ def watch_delivery(
     idle takes a message within milliseconds, so it is unsound if one waited at each look in so many seconds.
 
     Args:
-        node: the process id of the Celery node.
+        parent: the process id of the Celery node, which forked this child.
         check_broker: raises `ServiceError` where the broker cannot be used: then no node could bring anything.
     """
 
@@ -52,10 +52,11 @@ def watch_delivery(
             waited = waited + pause if is_undelivered() else 0.0
         log.error(
             "node_given_up",
-            pid=node,
+            node=process.heartbeat.node,
             reason=f"it left messages waiting for {seconds:g} s, and its child idle",
+            todo="The launcher starts it again; if this comes often, look at the broker.",
         )
-        os.kill(node, signal.SIGKILL)
+        os.kill(parent, signal.SIGKILL)
 
     pause = process.settings.heartbeat_seconds
     Thread(target=watch, name="delivery", daemon=True).start()

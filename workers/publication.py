@@ -24,7 +24,7 @@ class Publication:
         stem: what their names begin with.
         exports: the embeddings, in the order of their rows.
         merged: nucleotide and protein features; None without nucleotides, or where they were not merged.
-        unmerged: whether what was merged before is no longer true, and is to go.
+        merged_is_stale: whether what was merged before does not belong to these exports, and is to go.
         failures: the records without an embedding; None if there are none.
         report: the page for people; None if it could not be made.
         manifest: what says that all this belongs together.
@@ -34,7 +34,7 @@ class Publication:
     stem: str
     exports: Sequence[Path]
     merged: Path | None
-    unmerged: bool
+    merged_is_stale: bool
     failures: Path | None
     report: Path | None
     manifest: Path
@@ -51,7 +51,7 @@ class Publication:
         except (ArtifactError, OSError) as error:
             # What it tells of is sound, and `verify` says that it is missing.
             log.warning("report_not_published", folder=str(self.folder), reason=str(error))
-        if self.merged is not None or self.unmerged:
+        if self.merged is not None or self.merged_is_stale:
             self._publish_or_remove(self.merged, self.stem + SUFFIXES[MERGED])
         publish_result(
             self.exports,

@@ -146,7 +146,7 @@ def validate(ledger: Engine, work: Work, settings: Settings) -> Outcome:
                 stem=submission.stem,
                 exports=[export.path for export in exports],
                 merged=merged_paths.get(file_name(MERGED, submission.id)),
-                unmerged=bool(submission.nucleotide_path) and readers_folder not in merged_to,
+                merged_is_stale=bool(submission.nucleotide_path) and readers_folder not in merged_to,
                 failures=None if failures is None else failures.path,
                 report=None if report is None else report.path,
                 manifest=manifest.path,

@@ -185,7 +185,7 @@ def test_what_is_in_the_way_of_a_result_without_failures_is_named(tmp_path: Path
         stem="x",
         exports=[source],
         merged=None,
-        unmerged=False,
+        merged_is_stale=False,
         failures=None,
         report=None,
         manifest=source,

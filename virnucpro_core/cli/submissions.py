@@ -181,15 +181,14 @@ def check_outcome(status: JobStatus, file: Path, max_failed_share: float) -> boo
     """Whether a file's job succeeded with no more failures than allowed; says on stderr why not."""
     # Others may have submitted the same content, with nucleotides of their own.
     submissions = [one for one in status.submissions if one.path == str(file.absolute())]
-    share = status.failed / status.records
     if status.state != "succeeded":
         reason = f": {status.error}" if status.error else ""
         todo = f"`virnucpro retry {status.job}` goes on with what is missing."
         print_error(JobError(f"job {status.job} {status.state}{reason}", where=str(file), todo=todo))
-    elif share > max_failed_share:
+    elif status.failed_share > max_failed_share:
         print_error(
             JobError(
-                f"{share:.2%} of job {status.job}'s records failed, more than {max_failed_share:.2%}",
+                f"{status.failed_share:.2%} of job {status.job}'s records failed, more than {max_failed_share:.2%}",
                 where=str(file),
                 todo=f"`virnucpro failures {status.job}` lists them; --max-failed-share accepts more.",
             )

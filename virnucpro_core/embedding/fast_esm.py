@@ -18,10 +18,10 @@ from virnucpro_core.embedding.extraction import Extraction, extract
 from virnucpro_core.embedding.loading import adopt_weights, choose_device, find_checkpoint, load_fast_esm
 from virnucpro_core.embedding.model import FastEsm, make_recipe
 from virnucpro_core.embedding.packing import PACK_TOKENS
-from virnucpro_core.errors import ArtifactError, MismatchError, SettingsError, WeightsError
+from virnucpro_core.errors import ArtifactError, MismatchError, WeightsError
 from virnucpro_core.failures import Failure
 from virnucpro_core.features.exports import read_pt, write_pt
-from virnucpro_core.features.files import hash_file, new_file
+from virnucpro_core.features.files import check_apart, hash_file, new_file
 from virnucpro_core.features.manifests import (
     Manifest,
     ResultFile,
@@ -78,7 +78,7 @@ def extract_fast_esm(
         check_tokenizer(tokenizer)
     target = Path(out_file) if out_file is not None else None
     if target is not None:
-        _check_apart(Path(fasta_file), target)
+        check_apart(target, Path(fasta_file))
         kept = _find_kept(Path(fasta_file), target, model, truncation_seq_length)
         if kept is not None:
             result = read_pt(target)
@@ -116,13 +116,6 @@ def keep_result(target: Path, fasta: Path, extraction: Extraction, recipe: Recip
         versions=installed_versions(),
     )
     write_manifest(manifest_path(target), manifest)
-
-
-def _check_apart(fasta: Path, target: Path) -> None:
-    if target.exists() and fasta.exists() and target.samefile(fasta):
-        raise SettingsError(
-            "the result would replace its own input", where=str(target), todo="Name another out_file."
-        )
 
 
 def check_tokenizer(tokenizer: Any) -> None:

@@ -123,20 +123,15 @@ def split(tx: Connection, claim: Claim, halves: Sequence[ChunkRange]) -> None:
     first, second = halves
     new = [first, replace(second, ordinal=job.chunks_total)]
     insert_chunks(tx, job.id, new, deaths=DEATHS_TO_HALVE - 1)
-    for half in new:
-        enqueue(tx, find_chunk(tx, job.id, half.ordinal))
+    halved = tx.execute(
+        text("SELECT id FROM chunks WHERE job_id = :job AND stage = :stage AND ordinal = ANY(:ordinals)"),
+        {"job": job.id, "stage": EXTRACT, "ordinals": [half.ordinal for half in new]},
+    )
+    for chunk_id in halved.scalars().all():
+        enqueue(tx, chunk_id)
     tx.execute(
         text(
             "UPDATE jobs SET chunks_total = chunks_total + 1, chunks_left = chunks_left + 1 WHERE id = :job"
         ),
         {"job": job.id},
     )
-
-
-def find_chunk(tx: Connection, job_id: int, ordinal: int) -> int:
-    """The id of an extract chunk."""
-    chunk_id: int = tx.execute(
-        text("SELECT id FROM chunks WHERE job_id = :job AND stage = :stage AND ordinal = :ordinal"),
-        {"job": job_id, "stage": EXTRACT, "ordinal": ordinal},
-    ).scalar_one()
-    return chunk_id
