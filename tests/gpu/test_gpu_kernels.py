@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from structlog.testing import capture_logs
 from torch import Tensor
 from torch.nn import functional
 
+from tests.merged_bytes import write_proteins
 from virnucpro_core.embedding.checkpoint import HEAD_WIDTH, HEADS, MLP_WIDTH, inspect_checkpoint
 from virnucpro_core.embedding.execution import KernelPlan
 from virnucpro_core.embedding.loading import build_model, explain_missing, load_fast_esm, open_weights
@@ -152,6 +156,41 @@ def test_pooling_leaves_out_both_ends() -> None:
     pooled = kernels.pool(normed, torch.from_numpy(BOUNDS).to(CUDA), len(SIZES) - 1)
     for row, begin, end in zip(pooled, BOUNDS.tolist(), BOUNDS.tolist()[1:], strict=False):
         torch.testing.assert_close(row, normed[begin + 1 : end - 1].mean(dim=0), rtol=1e-5, atol=1e-6)
+
+
+COUNT_COMPILATIONS = """
+import sys
+from pathlib import Path
+from triton import knobs
+from tests.fixtures_gpu import load_under
+from virnucpro_core.embedding.execution import KernelPlan
+from virnucpro_core.embedding.extraction import extract
+
+compiled = []
+# It is told of every kernel that is compiled, or read from the cache on disk.
+knobs.compilation.listener = lambda src, **_: compiled.append(src.name)
+checkpoint, dtype, plan, fasta = sys.argv[1:]
+model = load_under(Path(checkpoint), dtype, KernelPlan(plan))
+loaded = len(compiled)
+assert not extract(fasta, model).failures
+print(loaded, *compiled[loaded:])
+"""
+
+
+@pytest.mark.parametrize(("dtype", "plan"), [("float16", "packed-fused"), ("fp8", "packed-fp8")])
+def test_all_kernels_are_compiled_when_a_model_is_loaded(
+    demo_checkpoint: Path, make_proteins: Callable[..., list[str]], tmp_path: Path, dtype: str, plan: str
+) -> None:
+    fasta = write_proteins(tmp_path / "proteins.fasta", make_proteins(*[1, 20, 165, 333, 1024] * 30))
+    ended = subprocess.run(
+        [sys.executable, "-c", COUNT_COMPILATIONS, str(demo_checkpoint), dtype, plan, str(fasta)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded, *later = ended.stdout.split()
+    assert int(loaded) > 0
+    assert later == []
 
 
 @triton.jit

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,7 +17,7 @@ from virnucpro_core.embedding.checkpoint import HEAD_WIDTH, ROTARY_BASE
 from virnucpro_core.embedding.kernels import attend, norm, norm_scaled, pool
 from virnucpro_core.embedding.memory import is_full
 from virnucpro_core.embedding.model import Encoder, Layer
-from virnucpro_core.embedding.packing import LEAST_PACK_TOKENS, LONGEST, plan_tiles
+from virnucpro_core.embedding.packing import LONGEST
 from virnucpro_core.embedding.products import Scaled, linear_gelu, linear_rotary
 from virnucpro_core.errors import ExecutionError
 from virnucpro_core.recipe import EMBEDDING_WIDTH
@@ -126,30 +127,26 @@ class FusedEncoder:
                 layer(hidden, positions, self._rotation, tiles)
             return pool(self._final_norm(hidden, torch.float32), segments.bounds, sequences)
 
-    @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Runs one small pack, so that the kernels are compiled (5 s), or read from Triton's cache (0.6 s).
 
-        Raises:
-            ExecutionError: they do not compile here.
-        """
-        device = self._words.device
-        bounds = np.array([0, LEAST_PACK_TOKENS], dtype=np.int32)
-        positions = torch.arange(LEAST_PACK_TOKENS, dtype=torch.int32, device=device)
-        tiles = torch.from_numpy(plan_tiles(bounds)).to(device)
-        segments = Segments(torch.from_numpy(bounds).to(device), LEAST_PACK_TOKENS)
-        try:
-            self(positions % 20 + 4, positions, segments, tiles, sequences=1)
-            torch.cuda.synchronize(device)
-        except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
-            if is_full(error) or isinstance(error, torch.AcceleratorError):
-                # Not the compiler's fault, and another plan would fail, too.
-                raise
-            raise ExecutionError(
-                f"the fused kernels do not compile: {type(error).__name__}: {error}",
-                where=torch.cuda.get_device_name(device),
-                todo="Check Triton, its cache folder (TRITON_CACHE_DIR) and the C compiler.",
-            ) from error
+@contextmanager
+def explained_compilation(device: torch.device) -> Iterator[None]:
+    """Says in words that the kernels do not compile, which they do when they first run.
+
+    An error of the GPU, or of its memory, is raised as it is: another plan would fail, too.
+
+    Raises:
+        ExecutionError: they do not compile here.
+    """
+    try:
+        yield
+    except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        if is_full(error) or isinstance(error, torch.AcceleratorError):
+            raise
+        raise ExecutionError(
+            f"the fused kernels do not compile: {type(error).__name__}: {error}",
+            where=torch.cuda.get_device_name(device),
+            todo="Check Triton, its cache folder (TRITON_CACHE_DIR) and the C compiler.",
+        ) from error
 
 
 def rotation_tables(positions: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ import sysconfig
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import structlog
@@ -31,15 +30,11 @@ from virnucpro_core.embedding.checkpoint import (
 from virnucpro_core.embedding.execution import KernelPlan, describe_execution
 from virnucpro_core.embedding.memory import explained_memory
 from virnucpro_core.embedding.model import TORCH_DTYPES, Encoder, FastEsm, Weights
-from virnucpro_core.embedding.packing import LEAST_PACK_TOKENS, PACK_TOKENS, build_pack
+from virnucpro_core.embedding.packing import EXTRA_TOKENS, LEAST_PACK_TOKENS, PACK_TOKENS, build_pack
 from virnucpro_core.embedding.verdicts import has_passed
 from virnucpro_core.errors import ExecutionError, WeightsError
 from virnucpro_core.recipe import EMBEDDING_WIDTH, Dtype
 from virnucpro_core.sequences.residues import VOCABULARY
-
-if TYPE_CHECKING:
-    # It needs Triton, which only the plan that uses it may ask for.
-    from virnucpro_core.embedding.fused import FusedEncoder
 
 log = structlog.get_logger()
 
@@ -208,8 +203,7 @@ def build_model(
     chosen = plan or choose_plan(device, dtype)
     if chosen.fused:
         try:
-            fused = _fuse_encoder(encoder, chosen)
-            return FastEsm(weights=weights, encoder=fused, device=device, dtype=dtype, plan=chosen)
+            return _build_fused(weights, encoder, device, dtype, chosen)
         except (ImportError, ExecutionError) as error:
             if chosen is KernelPlan.PACKED_FP8:
                 raise ExecutionError(
@@ -225,9 +219,26 @@ def build_model(
     return model
 
 
+def _build_fused(
+    weights: Weights, encoder: Encoder, device: torch.device, dtype: Dtype, plan: KernelPlan
+) -> FastEsm:
+    # They need Triton, which only the plans that use it may ask for.
+    from virnucpro_core.embedding.fp8 import Fp8Layer
+    from virnucpro_core.embedding.fused import FusedEncoder, HalfLayer, explained_compilation
+
+    fused = FusedEncoder(encoder, Fp8Layer if plan is KernelPlan.PACKED_FP8 else HalfLayer)
+    model = FastEsm(weights=weights, encoder=fused, device=device, dtype=dtype, plan=plan)
+    with explained_compilation(device):
+        _warm_up(model)
+    return model
+
+
 def _warm_up(model: FastEsm) -> None:
-    """Runs one small pack, so that a GPU without room for the forward pass is told from records without room."""
-    tokens = np.full(LEAST_PACK_TOKENS, VOCABULARY.index("A"), dtype=np.uint8)
+    """Runs one small pack, so that a GPU without room for the forward pass is told from records without room.
+
+    The fused plan's kernels are compiled by it (5 s), or read from Triton's cache (0.6 s).
+    """
+    tokens = np.full(LEAST_PACK_TOKENS - EXTRA_TOKENS, VOCABULARY.index("A"), dtype=np.uint8)
     model.embed_pack(build_pack(tokens, np.array([0, len(tokens)]), np.array([0])))
     torch.cuda.synchronize(model.device)
 
@@ -270,15 +281,6 @@ def explain_missing(device: torch.device) -> str | None:
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "Triton needs Python's C headers"
     return None
-
-
-def _fuse_encoder(encoder: Encoder, plan: KernelPlan) -> FusedEncoder:
-    from virnucpro_core.embedding.fp8 import Fp8Layer
-    from virnucpro_core.embedding.fused import FusedEncoder, HalfLayer
-
-    fused = FusedEncoder(encoder, Fp8Layer if plan is KernelPlan.PACKED_FP8 else HalfLayer)
-    fused.warm_up()
-    return fused
 
 
 def fill_encoder(encoder: Encoder, read_tensor: Callable[[str], Tensor]) -> None:
