@@ -18,7 +18,7 @@ from virnucpro_core.embedding.fast_esm import failures_path, manifest_path
 from virnucpro_core.embedding.model import FastEsm
 from virnucpro_core.embedding.selftest import LENGTHS, run_selftest
 from virnucpro_core.embedding.verdicts import Verdict, keep_verdict, read_verdicts
-from virnucpro_core.errors import InputError, MismatchError, SettingsError, WeightsError
+from virnucpro_core.errors import InputError, MismatchError, NucleotideInputError, SettingsError, WeightsError
 from virnucpro_core.features.manifests import read_manifest
 from virnucpro_core.sequences.residues import VOCABULARY
 
@@ -267,6 +267,15 @@ def test_a_truncation_that_leaves_nothing_is_refused(
     with pytest.raises(SettingsError, match=f"cannot be cut to {truncation} residues"):
         extract_fast_esm(fasta, tmp_path / "out.pt", demo_model, truncation_seq_length=truncation)
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_nucleotides_are_taken_if_the_caller_insists(fasta: Path, demo_model: FastEsm) -> None:
+    fasta.write_text(">read\n" + "ACGT" * 10 + "\n")
+    with pytest.raises(
+        NucleotideInputError, match="`--allow-nucleotides`, in Python `allow_nucleotides=True`"
+    ):
+        extract_fast_esm(fasta, model=demo_model)
+    assert extract_fast_esm(fasta, model=demo_model, allow_nucleotides=True)[0] == ["read"]
 
 
 def test_a_missing_file_is_named(demo_model: FastEsm, tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ def extract_fast_esm(
     tokenizer: Any = None,
     truncation_seq_length: int = TRUNCATION,
     toks_per_batch: int = PACK_TOKENS,
+    *,
+    allow_nucleotides: bool = False,
 ) -> tuple[list[str], list[Tensor]]:
     """Embeds the proteins of a FASTA file, or returns the result that an earlier call left in `out_file`.
 
@@ -62,6 +64,7 @@ def extract_fast_esm(
         tokenizer: accepted for compatibility and not used; it must agree with ours on the residue alphabet.
         truncation_seq_length: residues kept of each record.
         toks_per_batch: tokens in a pack on a GPU; a CPU computes each record alone.
+        allow_nucleotides: take a file that looks like nucleotides for proteins.
 
     Returns:
         Ids and float32 CPU tensors of shape (1280,), one per embedded record, in input order. The tensors are
@@ -91,7 +94,13 @@ def extract_fast_esm(
             todo="Give a checkpoint's folder, a model's name, an EsmModel, or what load_fast_esm returns.",
         )
     loaded = load_fast_esm(model)
-    extraction = extract(fasta_file, loaded, truncation=truncation_seq_length, toks_per_batch=toks_per_batch)
+    extraction = extract(
+        fasta_file,
+        loaded,
+        truncation=truncation_seq_length,
+        toks_per_batch=toks_per_batch,
+        allow_nucleotides=allow_nucleotides,
+    )
     if target is not None:
         keep_result(target, Path(fasta_file), extraction, loaded.recipe(truncation=truncation_seq_length))
     _warn_of_failures(len(extraction.failures), target)

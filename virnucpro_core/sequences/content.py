@@ -64,7 +64,8 @@ def _refuse_nucleotides(body: bytes, where: str) -> None:
             f"this looks like nucleotides, not proteins: {nucleotides / len(letters):.0%} of the first "
             f"{len(letters)} letters are A, C, G, T, U or N",
             where=where,
-            todo="Translate the sequences, or allow nucleotides (`--allow-nucleotides`) if these are proteins.",
+            todo="Translate the sequences, or allow nucleotides (`--allow-nucleotides`, in Python "
+            "`allow_nucleotides=True`) if these are proteins.",
         )
 
 
