@@ -170,7 +170,7 @@ def test_every_record_of_a_mixed_file_is_an_embedding_or_a_failure(
     assert all((a - b).abs().max() <= 1e-6 for a, b in zip(rows, published_rows, strict=True))
 
 
-@pytest.mark.parametrize("target", ["a_file/out.pt", "a_folder", "a_file/deep/out.pt"])
+@pytest.mark.parametrize("target", ["a_file/out.pt", "a_folder", "a_file/deep/out.pt", "n" * 241, "n" * 256])
 def test_unwritable_output_is_told_before_any_work(target: str, virnucpro: Command, tmp_path: Path) -> None:
     (tmp_path / "a_file").write_text("")
     (tmp_path / "a_folder").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,14 @@ from virnucpro_core.embedding.fast_esm import failures_path, manifest_path
 from virnucpro_core.embedding.model import FastEsm
 from virnucpro_core.embedding.selftest import LENGTHS, run_selftest
 from virnucpro_core.embedding.verdicts import Verdict, keep_verdict, read_verdicts
-from virnucpro_core.errors import InputError, MismatchError, NucleotideInputError, SettingsError, WeightsError
+from virnucpro_core.errors import (
+    ArtifactError,
+    InputError,
+    MismatchError,
+    NucleotideInputError,
+    SettingsError,
+    WeightsError,
+)
 from virnucpro_core.features.manifests import read_manifest
 from virnucpro_core.sequences.residues import VOCABULARY
 
@@ -311,3 +319,45 @@ def test_a_result_never_replaces_its_own_input(fasta: Path, demo_model: FastEsm,
         with pytest.raises(SettingsError, match="would replace its own input"):
             extract_fast_esm(fasta, out_file, demo_model)
     assert fasta.read_bytes() == before
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "occupy"),
+    [
+        ("n" * 255, None),  # no room for its manifest's name
+        ("n" * 241, None),  # none for that of its failures
+        ("\udcff.pt", None),  # not UTF-8, as its manifest is
+        ("out.pt", make_folder),
+        ("out.pt", make_pipe),
+        ("out.pt.json", make_folder),
+    ],
+    ids=["long", "long with failures", "not UTF-8", "folder", "pipe", "folder beside it"],
+)
+def test_a_result_that_cannot_be_kept_is_told_before_a_model_is_looked_for(
+    name: str, occupy: Callable[[Path], None] | None, fasta: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / name
+    if occupy is not None:
+        occupy(out)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ArtifactError):
+        extract_fast_esm(fasta, tmp_path / name.removesuffix(".json"), model=None)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_lies_beside_a_result_never_replaces_its_input(demo_model: FastEsm, tmp_path: Path) -> None:
+    for suffix in (".json", ".failures.jsonl"):
+        fasta = tmp_path / f"out.pt{suffix}"
+        fasta.write_text(">a\nMKVL\n")
+        with pytest.raises(SettingsError, match="would replace its own input"):
+            extract_fast_esm(fasta, tmp_path / "out.pt", demo_model)
+        assert fasta.read_text() == ">a\nMKVL\n"
+        fasta.unlink()

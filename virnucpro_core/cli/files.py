@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
@@ -19,6 +18,7 @@ from virnucpro_core.cli.output import (
 )
 from virnucpro_core.cli.weights import DeviceOption, DtypeOption, ModelOption, RevisionOption
 from virnucpro_core.errors import ArtifactError
+from virnucpro_core.features.files import check_writable
 from virnucpro_core.recipe import ResiduePolicy
 
 if TYPE_CHECKING:
@@ -67,12 +67,11 @@ def extract(
     check_writable(out)
     # Loaded late, as every heavy import of the commands: it brings torch.
     from virnucpro_core.embedding.extraction import extract as extract_proteins
-    from virnucpro_core.embedding.fast_esm import failures_path, keep_result, manifest_path
+    from virnucpro_core.embedding.fast_esm import check_target, failures_path, keep_result, manifest_path
     from virnucpro_core.embedding.loading import load_fast_esm
-    from virnucpro_core.features.files import check_apart
     from virnucpro_core.features.manifests import read_manifest
 
-    check_apart(out, fasta)
+    check_target(out, fasta)
     loaded = load_fast_esm(model, revision, device, dtype)
     with show_progress((f"embedding {fasta.name}", None), counts=True) as (bar,):
         extraction = extract_proteins(
@@ -131,27 +130,6 @@ def validate(
             print_line(f"[{'PASS' if found['passed'] else 'FAIL'}] {found['path']}: {summarise(found)}")
     if not all(found["passed"] for found in checked):
         raise typer.Exit(ArtifactError.exit_code)
-
-
-def check_writable(out: Path) -> None:
-    """Refuse an output that cannot be written now, rather than after hours of work.
-
-    Raises:
-        ArtifactError: it is a folder or a device, or its folder cannot be written.
-    """
-    if out.is_dir():
-        raise ArtifactError("the output is a folder", where=str(out), todo="Name a file in it.")
-    if out.exists() and not out.is_file():
-        # The file would take the name of /dev/null from it.
-        raise ArtifactError("the output is no regular file", where=str(out), todo="Name another one.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        from virnucpro_core.features.files import write_error
-
-        raise write_error(error, out) from error
 
 
 def check_file(path: Path) -> dict[str, object]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from virnucpro_core.cli.connections import connect, name_person
-from virnucpro_core.cli.files import check_writable
 from virnucpro_core.cli.output import (
     AsJson,
     format_counts,
@@ -23,6 +22,7 @@ from virnucpro_core.cli.output import (
     show_progress,
 )
 from virnucpro_core.errors import ArtifactError
+from virnucpro_core.features.files import check_writable
 from virnucpro_core.settings import load_settings
 
 if TYPE_CHECKING:

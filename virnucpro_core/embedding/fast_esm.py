@@ -21,7 +21,7 @@ from virnucpro_core.embedding.packing import PACK_TOKENS
 from virnucpro_core.errors import ArtifactError, MismatchError, WeightsError
 from virnucpro_core.failures import Failure
 from virnucpro_core.features.exports import read_pt, write_pt
-from virnucpro_core.features.files import check_apart, hash_file, new_file
+from virnucpro_core.features.files import check_apart, check_writable, hash_file, new_file
 from virnucpro_core.features.manifests import (
     Manifest,
     ResultFile,
@@ -72,21 +72,21 @@ def extract_fast_esm(
 
     Raises:
         InputError: the file cannot be used as a whole.
-        SettingsError: the truncation leaves no residue, or the result would replace the input.
+        SettingsError: the truncation leaves no residue, or the result, or what lies beside it, would replace the input.
         WeightsError: no model is named, or it is not FastESM2.
         MismatchError: the tokenizer disagrees with ours.
-        ArtifactError: the result cannot be written.
+        ArtifactError: the result cannot be written; what can be told before it is computed is.
     """
     if tokenizer is not None:
         check_tokenizer(tokenizer)
     target = Path(out_file) if out_file is not None else None
     if target is not None:
-        check_apart(target, Path(fasta_file))
         kept = _find_kept(Path(fasta_file), target, model, truncation_seq_length)
         if kept is not None:
             result = read_pt(target)
             _warn_of_failures(sum(kept.counts.failures.values()), target)
             return result
+        check_target(target, Path(fasta_file))
     if not isinstance(model, str | os.PathLike | nn.Module | FastEsm):
         raise WeightsError(
             "no model is named" if model is None else f"a {type(model).__name__} is no model",
@@ -105,6 +105,23 @@ def extract_fast_esm(
         keep_result(target, Path(fasta_file), extraction, loaded.recipe(truncation=truncation_seq_length))
     _warn_of_failures(len(extraction.failures), target)
     return extraction.ids, list(torch.from_numpy(extraction.embeddings).unbind())
+
+
+def check_target(target: Path, fasta: Path) -> None:
+    """Checks that a result can be kept as `target`, with its manifest and its failures beside it.
+
+    Raises:
+        SettingsError: one of them would replace the input.
+        ArtifactError: one of them cannot be written, or the name is not UTF-8, as the manifest is that tells it.
+    """
+    try:
+        str(target).encode()
+    except UnicodeEncodeError as error:
+        what = "the output's name is not UTF-8"
+        raise ArtifactError(what, where=repr(str(target)), todo="Name another file.") from error
+    for path in (target, manifest_path(target), failures_path(target)):
+        check_apart(path, fasta)
+        check_writable(path)
 
 
 def keep_result(target: Path, fasta: Path, extraction: Extraction, recipe: Recipe) -> None:
@@ -161,9 +178,9 @@ def manifest_path(target: Path) -> Path:
 
 def _find_kept(fasta: Path, target: Path, model: Any, truncation: int) -> Manifest | None:
     """The manifest of a complete, verified result for this input and recipe, or None."""
-    if not manifest_path(target).exists():
-        return None
     try:
+        if not manifest_path(target).exists():
+            return None
         manifest = read_manifest(manifest_path(target))
         input_sha256 = hash_file(fasta)
         failures = _count_lines(failures_path(target))

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ _TEMPORARY_SUFFIX = ".tmp"
 
 _NO_SPACE = "Free space there, or choose another folder, then run it again."
 _NO_RIGHT = "Make the folder writable for this user, or choose another folder."
+_NO_NAME = "Choose a shorter name."
 _ADVICE = {
     errno.ENOSPC: _NO_SPACE,
     errno.EDQUOT: _NO_SPACE,
@@ -39,6 +41,7 @@ _ADVICE = {
     errno.EACCES: _NO_RIGHT,
     errno.EPERM: _NO_RIGHT,
     errno.EROFS: _NO_RIGHT,
+    errno.ENAMETOOLONG: _NO_NAME,
 }
 
 
@@ -123,6 +126,23 @@ def new_file(path: Path, mode: int = 0o666) -> Iterator[NewFile]:
             temporary.unlink(missing_ok=True)
     with _blaming(path):
         sync_folder(path.parent)
+
+
+def check_writable(path: Path) -> None:
+    """Checks that a file can be written, for who would find out after hours of work; missing folders are made.
+
+    Raises:
+        ArtifactError: it is a folder or a device, or the file system takes no file there, or none of such a name.
+    """
+    with _blaming(path):
+        if path.is_dir():
+            raise ArtifactError("the output is a folder", where=str(path), todo="Name a file in it.")
+        if path.exists() and not path.is_file():
+            # The file would take the name of /dev/null from it.
+            raise ArtifactError("the output is no regular file", where=str(path), todo="Name another one.")
+        make_folder(path.parent)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 def check_apart(target: Path, *sources: Path) -> None:
