@@ -181,10 +181,16 @@ def test_models_are_found_by_name_below_the_model_root(
         assert load_fast_esm("mine", device="cpu").weights.demonstration
         assert load_fast_esm("Owner/Name", device="cpu").weights.demonstration
         assert load_fast_esm("Owner/Name", revision="0" * 40, device="cpu").weights.demonstration
-        with pytest.raises(WeightsError, match="there is no model 'other'"):
-            load_fast_esm("other", device="cpu")
+        for name in ("other", "min*", "Owner/N*", "**", "/absent"):
+            with pytest.raises(WeightsError, match="there is no model"):
+                load_fast_esm(name, device="cpu")
     finally:
         load_settings.cache_clear()
+
+
+def test_a_model_that_cannot_be_looked_at_is_said(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="cannot be looked at: File name too long"):
+        load_fast_esm(tmp_path / ("m" * 256), device="cpu")
 
 
 def test_the_execution_class_names_what_bytes_depend_on(demo_model: FastEsm) -> None:

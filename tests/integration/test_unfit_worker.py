@@ -87,6 +87,18 @@ def test_unfit_worker_gives_way_to_those_that_idle(
     assert len(given_way) == 1, "the other comes to it anyway, and there may be something else to do here"
 
 
+def test_model_that_cannot_be_looked_at_is_the_reason_kept_with_the_chunk(
+    pipeline: Pipeline, small_fasta: Path, tmp_path: Path, start: Start
+) -> None:
+    """As without a right to its folder: a process that ended of it would come back for ever, and never say why."""
+    pipeline.configure(model_root=tmp_path / ("m" * 256))
+    first, *_ = submit(pipeline, small_fasta)
+    start().run("extract", first)
+    state, attempts, error = chunk_row(pipeline, first)
+    assert (state, attempts) == ("pending", 1)
+    assert "the model cannot be looked at: File name too long" in error
+
+
 def test_worker_whose_gpu_has_vanished_does_not_compute_on_the_cpu(
     pipeline: Pipeline, small_fasta: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,9 +144,10 @@ def test_a_cut_off_file_is_refused(one_layer: Path, tmp_path: Path) -> None:
 def test_incomplete_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"no readable config\.json"):
         inspect_checkpoint(tmp_path / "absent")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(WeightsError, match="not JSON"):
-        inspect_checkpoint(tmp_path)
+    for content in ("{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(WeightsError, match="not JSON"):
+            inspect_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(WeightsError, match="no object"):
         inspect_checkpoint(tmp_path)

@@ -165,7 +165,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             where=str(path),
             todo="Name a folder that holds config.json and model.safetensors.",
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(
             f"{CONFIG_NAME} is not JSON: {error}", where=str(path), todo="Fetch or copy it again."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -115,10 +116,10 @@ def find_checkpoint(model: str | os.PathLike[str], revision: str | None = None) 
     """Finds a checkpoint by folder, by name below the model root, or on the Hub at a pinned revision.
 
     Raises:
-        WeightsError: it is nowhere, or what is there does not fit.
+        WeightsError: it is nowhere, or what is there does not fit or cannot be looked at.
     """
     folder = Path(model)
-    if revision is None and folder.is_dir():
+    if revision is None and _is_folder(folder):
         return inspect_checkpoint(folder)
     # Read late: the settings matter only for a name, and need packages that a bare GPU machine may lack.
     from virnucpro_core.settings import load_settings
@@ -127,9 +128,9 @@ def find_checkpoint(model: str | os.PathLike[str], revision: str | None = None) 
     name = os.fspath(model)
     if revision is not None:
         return fetch_weights(name, revision, model_root)
-    if (model_root / name).is_dir():
+    if _is_folder(model_root / name):
         return inspect_checkpoint(model_root / name)
-    fetched = sorted(model_root.glob(fetched_folder(Path(), name, "*").name))
+    fetched = sorted(model_root.glob(fetched_folder(Path(), glob.escape(name), "*").name))
     if len(fetched) == 1:
         return inspect_checkpoint(fetched[0])
     raise WeightsError(
@@ -139,6 +140,17 @@ def find_checkpoint(model: str | os.PathLike[str], revision: str | None = None) 
         where=str(model_root),
         todo="Name a folder, a name below the model root, or a Hub repository and its revision.",
     )
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise WeightsError(
+            f"the model cannot be looked at: {error.strerror}",
+            where=str(path),
+            todo="Let this user read the folders that lead there, or correct the name.",
+        ) from error
 
 
 def open_weights(checkpoint: Checkpoint) -> Weights:
