@@ -15,7 +15,8 @@ from structlog.testing import capture_logs
 
 from virnucpro_core import extract
 from virnucpro_core.embedding import loading
-from virnucpro_core.embedding.checkpoint import inspect_checkpoint
+from virnucpro_core.embedding.checkpoint import WEIGHTS_NAME, inspect_checkpoint
+from virnucpro_core.embedding.demonstration import write_demo_weights
 from virnucpro_core.embedding.execution import KernelPlan
 from virnucpro_core.embedding.extraction import InputRange
 from virnucpro_core.embedding.loading import build_model, load_fast_esm, open_weights
@@ -191,6 +192,17 @@ def test_models_are_found_by_name_below_the_model_root(
 def test_a_model_that_cannot_be_looked_at_is_said(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="cannot be looked at: File name too long"):
         load_fast_esm(tmp_path / ("m" * 256), device="cpu")
+
+
+def test_weights_that_are_replaced_after_they_were_hashed_are_refused(tmp_path: Path) -> None:
+    checkpoint = write_demo_weights(tmp_path / "model", layers=1)
+    other = write_demo_weights(tmp_path / "other", layers=1, seed=1)
+    (other.folder / WEIGHTS_NAME).replace(checkpoint.folder / WEIGHTS_NAME)
+    with pytest.raises(WeightsError, match="replaced"):
+        open_weights(checkpoint)
+    (checkpoint.folder / WEIGHTS_NAME).unlink()
+    with pytest.raises(WeightsError, match="cannot be read"):
+        open_weights(checkpoint)
 
 
 def test_the_execution_class_names_what_bytes_depend_on(demo_model: FastEsm) -> None:

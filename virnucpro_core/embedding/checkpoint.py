@@ -63,6 +63,7 @@ class Checkpoint:
         demonstration: whether the weights are random.
         prefix: what stands before every tensor's name: `esm.` or nothing.
         config: config.json.
+        stamp: of model.safetensors, from before it was hashed; see `read_stamp`.
     """
 
     folder: Path
@@ -72,6 +73,7 @@ class Checkpoint:
     demonstration: bool
     prefix: str
     config: dict[str, Any]
+    stamp: tuple[int, int]
 
 
 def inverse_frequencies() -> NDArray[np.float32]:
@@ -124,6 +126,7 @@ def inspect_checkpoint(folder: str | Path) -> Checkpoint:
             todo="Copy it there; pickled (.bin) and sharded checkpoints are not read.",
         )
     try:
+        stamp = read_stamp(path)
         with safe_open(path, framework="numpy") as tensors:
             names = list(tensors.keys())
             slices = {name: tensors.get_slice(name) for name in names}
@@ -136,9 +139,7 @@ def inspect_checkpoint(folder: str | Path) -> Checkpoint:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"the weights cannot be read: {error}", where=str(path), todo="Fetch or copy the file again."
-        ) from error
+        raise unreadable_weights(error, path) from error
     return Checkpoint(
         folder=folder,
         sha256=sha256,
@@ -147,6 +148,20 @@ def inspect_checkpoint(folder: str | Path) -> Checkpoint:
         demonstration=bool(config.get("virnucpro_demonstration", False)),
         prefix=prefix,
         config=config,
+        stamp=stamp,
+    )
+
+
+def read_stamp(path: Path) -> tuple[int, int]:
+    """What tells whether a file was replaced or written to since: its size, and when it was last written to."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def unreadable_weights(error: Exception, path: Path) -> WeightsError:
+    """The error for a model.safetensors that cannot be read."""
+    return WeightsError(
+        f"the weights cannot be read: {error}", where=str(path), todo="Fetch or copy the file again."
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import structlog
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from virnucpro_core.embedding.attention import has_packed_attention
@@ -27,6 +27,8 @@ from virnucpro_core.embedding.checkpoint import (
     fetch_weights,
     fetched_folder,
     inspect_checkpoint,
+    read_stamp,
+    unreadable_weights,
 )
 from virnucpro_core.embedding.execution import KernelPlan, describe_execution
 from virnucpro_core.embedding.memory import explained_memory
@@ -154,8 +156,22 @@ def _is_folder(path: Path) -> bool:
 
 
 def open_weights(checkpoint: Checkpoint) -> Weights:
-    """The tensors of a checkpoint, mapped into memory."""
-    tensors = safe_open(checkpoint.folder / WEIGHTS_NAME, framework="pt")
+    """The tensors of a checkpoint, mapped into memory.
+
+    Raises:
+        WeightsError: they are not those any more that were hashed, or cannot be read.
+    """
+    path = checkpoint.folder / WEIGHTS_NAME
+    try:
+        tensors = safe_open(path, framework="pt")
+        same = read_stamp(path) == checkpoint.stamp
+    except (SafetensorError, OSError) as error:
+        raise unreadable_weights(error, path) from error
+    if not same:
+        # What they compute would be recorded as made by those that were here before.
+        raise WeightsError(
+            "the weights were replaced while they were loaded", where=str(path), todo="Load them again."
+        )
     return Weights(
         sha256=checkpoint.sha256,
         layers=checkpoint.layers,
