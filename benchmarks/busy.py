@@ -29,7 +29,10 @@ class TimedEncoder:
         self._packs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
         begin.record()
         embeddings = self._encoder(*args, **kwargs)
         end.record()
@@ -94,7 +97,7 @@ def find_kernels(profiler: profile) -> NDArray[np.int64]:
         [
             (event.start_ns(), event.start_ns() + event.duration_ns())
             for event in profiler.profiler.kineto_results.events()
-            if event.device_type() == torch.autograd.DeviceType.CUDA
+            if event.device_type() == torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
             and not event.name().startswith(NOT_KERNELS)
         ],
         dtype=np.int64,

@@ -133,9 +133,12 @@ def _time_product(multiply: Callable[[], object], heat: float, repeats: int = 30
     while time.perf_counter() - started < heat:
         run(repeats)
         torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2)
+    )
     begin.record()
     run(repeats)
     end.record()
     torch.cuda.synchronize()
-    return 2 * CUBE**3 * repeats / begin.elapsed_time(end) / 1e9
+    return 2 * CUBE**3 * repeats / float(begin.elapsed_time(end)) / 1e9
