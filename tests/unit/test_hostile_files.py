@@ -231,6 +231,22 @@ def test_one_row_many_times_is_refused(tmp_path: Path, read: Callable[[Path], ob
         read(tmp_path / "hostile.pt")
 
 
+def test_tensors_that_ask_for_gradients_are_read_or_refused(tmp_path: Path) -> None:
+    """As whoever forgot `torch.no_grad()` saves them: they are no plain numbers to numpy."""
+    path = tmp_path / "own.pt"
+    torch.save({"proteins": ["a"], "data": [torch.ones(1280, requires_grad=True)]}, path)
+    merge_it_as_proteins(path)
+    merged = torch.load(tmp_path / "merged.pt", weights_only=True)["data"]
+    assert torch.equal(merged[0], torch.cat((torch.full((768,), 0.5), torch.ones(1280))))
+    numbers = list(torch.ones(768, requires_grad=True))
+    torch.save({"nucleotide": ["a"], "data": [{"label": "", "mean_representation": numbers}]}, path)
+    with pytest.raises(ArtifactError, match="the mean_representation of 'a' is not numbers"):
+        merge_it_as_nucleotides(path)
+    torch.save({"ids": ["a"], "data": torch.zeros(1, 2048, requires_grad=True)}, path)
+    with pytest.raises(ArtifactError, match="its protein embeddings are not those of the matrix"):
+        validate_it_as_merged(path)
+
+
 def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
     content = pt_bytes(pickled(listed()), {"0": bytes(50_000_000)}, compression=zipfile.ZIP_DEFLATED)
     assert len(content) < 100_000

@@ -126,7 +126,8 @@ def read_pt(path: Path, *, width: int = EMBEDDING_WIDTH) -> tuple[list[str], lis
     for name, row in zip(ids, rows, strict=True):
         if not isinstance(row, torch.Tensor) or row.shape != (width,) or row.dtype != torch.float32:
             raise odd_pt(path, f"the row of {name!r} is not a float32 tensor of shape ({width},)")
-    return ids, rows
+    # Those that were saved without `torch.no_grad()` still ask for gradients, and are no numbers to numpy.
+    return ids, [row.detach() for row in rows]
 
 
 def load_pt(

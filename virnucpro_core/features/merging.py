@@ -199,7 +199,8 @@ def read_nucleotides(path: Path, file: BinaryIO | None = None) -> Nucleotides:
         try:
             with np.errstate(over="ignore"):  # too large a number becomes Inf, which is refused below
                 row[:] = numbers
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            # A RuntimeError if they are tensors that ask for gradients.
             raise odd_pt(path, f"the mean_representation of {name!r} is not numbers") from error
         if not np.isfinite(row).all():
             raise odd_pt(path, f"the mean_representation of {name!r} holds NaN or Inf")

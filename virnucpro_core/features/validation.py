@@ -188,7 +188,7 @@ def validate_merged(merged: Written, matrix: Matrix) -> list[str]:
         errors.append(f"{merged.path}: its data is not a float32 tensor of shape {shape}")
     elif not data.isfinite().all():
         errors.append(f"{merged.path}: NaN or Inf")
-    elif not _equal(data[:, NUCLEOTIDE_WIDTH:], matrix, 0):
+    elif not _equal(data.detach()[:, NUCLEOTIDE_WIDTH:], matrix, 0):
         errors.append(f"{merged.path}: its protein embeddings are not those of the matrix")
     return errors
 
