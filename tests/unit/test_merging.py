@@ -278,6 +278,16 @@ def test_the_merged_file_replaces_neither_of_its_sides(tmp_path: Path, side: str
     assert hash_file(tmp_path / side) == before
 
 
+def test_a_merged_file_that_cannot_be_written_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for target in (pipe, tmp_path, tmp_path / ("m" * 256)):
+        with pytest.raises(ArtifactError) as caught:
+            merge_data(tmp_path / "absent_DNABERT_S.pt", tmp_path / "absent_ESM.pt", target)
+        assert caught.value.where == str(target)
+    assert pipe.is_fifo()
+
+
 def test_a_protein_row_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     write_nucleotides(tmp_path / "n.pt", ["a", "b"], make_rows(2, 768))
     proteins = make_rows(2)

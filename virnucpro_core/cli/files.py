@@ -104,7 +104,6 @@ def merge(
     The k-th row of an id meets the k-th row of that id on the other side. Sides that do not match are
     refused, and the first difference is named: no sequence is skipped.
     """
-    check_writable(out)
     from virnucpro_core.features.merging import merge_data
 
     written = merge_data(nucleotides, proteins, out, label)

@@ -19,6 +19,7 @@ from virnucpro_core.features.files import (
     NewFile,
     Written,
     check_apart,
+    check_writable,
     hash_file,
     new_file,
     open_artifact,
@@ -123,6 +124,7 @@ def merge_data(
     import torch
 
     check_apart(Path(merged_file), Path(DNABERT_S_data), Path(ESM_data))
+    check_writable(Path(merged_file))
     nucleotides = read_nucleotides(Path(DNABERT_S_data))
     ids, rows = read_pt(Path(ESM_data))
     order = _pair(nucleotides.ids, ids, ("nucleotide", "protein"), nucleotides.path)
