@@ -84,7 +84,8 @@ class RunningNode:
             return
         self.process = None
         self.deaths = 1 if now - self.started > STEADY_SECONDS else self.deaths + 1
-        pause = min(2.0 ** (self.deaths - 1), LONGEST_PAUSE)
+        # The power is bounded by itself: after a thousand deaths it is beyond all numbers.
+        pause = min(2.0 ** min(self.deaths - 1, 10), LONGEST_PAUSE)
         self.due = now + pause
         log.error("node_ended", node=self.node.name, status=status, deaths=self.deaths, restart_in=pause)
 

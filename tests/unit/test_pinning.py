@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from virnucpro_core.errors import ExecutionError, SettingsError
 from virnucpro_core.gpus import Gpu
-from workers.launcher import Node, plan_nodes
+from workers.launcher import LONGEST_PAUSE, Node, RunningNode, plan_nodes
 from workers.pinning import try_lock
 
 pytestmark = pytest.mark.unit
@@ -108,6 +109,19 @@ def test_links_planted_for_locks_are_not_followed(tmp_path: Path) -> None:
 def test_unknown_queue_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="there is no queue 'gpu'"):
         plan_nodes([], ["gpu"], tmp_path)
+
+
+def test_node_that_keeps_dying_is_put_off_no_longer_than_it_should(plan: Plan) -> None:
+    """As for a night, while its GPU is broken: the launcher must not end of it, and take the other nodes along."""
+    node = RunningNode(plan([A], ["extract"])[0])
+    for deaths, pause in ((3, 4.0), (2_000, LONGEST_PAUSE)):
+        node.deaths = deaths - 1
+        node.process = subprocess.Popen([sys.executable, "-c", ""])
+        node.process.wait()
+        node.started = time.monotonic()
+        node.watch()
+        assert node.deaths == deaths
+        assert pause <= node.due - node.started < pause + 1
 
 
 def test_parents_never_import_torch_or_airflow() -> None:
