@@ -70,9 +70,14 @@ def list_gpus() -> list[Gpu]:
     try:
         found: list[Gpu] = []
         for index in range(pynvml.nvmlDeviceGetCount()):
-            device = pynvml.nvmlDeviceGetHandleByIndex(index)
-            parent = pynvml.nvmlDeviceGetUUID(device)
-            uuids = _mig_uuids(device) or [parent]
+            try:
+                device = pynvml.nvmlDeviceGetHandleByIndex(index)
+                parent = pynvml.nvmlDeviceGetUUID(device)
+                uuids = _mig_uuids(device) or [parent]
+            except pynvml.NVMLError as error:
+                # It has fallen off the bus, or another container has it: the others are there nevertheless.
+                log.warning("gpu_left_out", index=index, reason=str(error))
+                continue
             found.extend(Gpu(uuid, index, parent) for uuid in uuids)
         return found
     finally:

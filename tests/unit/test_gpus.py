@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pynvml
 import pytest
+from structlog.testing import capture_logs
 
 from virnucpro_core.errors import ExecutionError, SettingsError
 from virnucpro_core.gpus import AGAIN_SECONDS, MASK, Gpu, GpuMeter, GpuUse, apply_mask, choose_gpus, list_gpus
@@ -132,6 +133,29 @@ def raising(code: int) -> Callable[..., None]:
         raise pynvml.NVMLError(code)
 
     return fail
+
+
+@pytest.mark.parametrize("code", [pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_NO_PERMISSION])
+def test_gpu_that_cannot_be_asked_is_left_out(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has fallen off the bus must not keep all others idle; one of another's container is not ours."""
+
+    def handle(index: int) -> Gpu:
+        if index == 0:
+            raising(code)()
+        return GPUS[index]
+
+    for name, answer in {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 2,
+        "nvmlDeviceGetHandleByIndex": handle,
+        "nvmlDeviceGetUUID": lambda gpu: gpu.uuid,
+        "nvmlDeviceGetMigMode": raising(pynvml.NVML_ERROR_NOT_SUPPORTED),
+    }.items():
+        monkeypatch.setattr(pynvml, name, answer)
+    with capture_logs() as logs:
+        assert list_gpus() == [B]
+    assert [(entry["event"], entry["index"]) for entry in logs] == [("gpu_left_out", 0)]
 
 
 def test_meter_of_an_instance_knows_its_memory_alone(
