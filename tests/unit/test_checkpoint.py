@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Barrier, Thread
 from typing import Any
 
 import numpy as np
@@ -164,3 +167,58 @@ def test_pickled_weights_are_not_read(one_layer: Path, tmp_path: Path) -> None:
 def test_only_a_pinned_revision_is_fetched(revision: str, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is not pinned"):
         fetch_weights("Synthyra/FastESM2_650", revision, tmp_path)
+
+
+REPOSITORY, REVISION = "Synthyra/FastESM2_650", "0123456789" * 4
+
+
+@pytest.fixture
+def hub(one_layer: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Barrier]:
+    """A hub with one revision of one repository, which sends no weights before two have asked for them."""
+    both = Barrier(2, timeout=60)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.find()
+
+        def do_GET(self) -> None:
+            path = self.find()
+            if path is not None and path.suffix == ".safetensors":
+                both.wait()
+            if path is not None:
+                self.wfile.write(path.read_bytes())
+
+        def find(self) -> Path | None:
+            folder, _, name = self.path.rpartition("/")
+            path = one_layer / name if folder == f"/{REPOSITORY}/resolve/{REVISION}" else None
+            self.send_response(404 if path is None else 200)
+            self.send_header("Content-Length", str(0 if path is None else path.stat().st_size))
+            self.send_header("ETag", f'"{name}"')
+            self.send_header("X-Repo-Commit", REVISION)
+            self.end_headers()
+            return path
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        address = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield both
+        server.shutdown()
+
+
+def test_two_that_fetch_the_same_revision_at_once_both_have_it(
+    hub: Barrier, one_layer: Path, tmp_path: Path
+) -> None:
+    """As the children of several GPUs do that load a model by its name on the Hub."""
+    with ThreadPoolExecutor(2) as pool:
+        fetching = [pool.submit(fetch_weights, REPOSITORY, REVISION, tmp_path) for _ in range(2)]
+        fetched = [future.result() for future in fetching]
+    assert fetched[0] == fetched[1] == fetch_weights(REPOSITORY, REVISION, tmp_path)
+    assert fetched[0].sha256 == ONE_LAYER_SHA256
+    (folder,) = tmp_path.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    with pytest.raises(WeightsError, match="cannot be fetched"):
+        fetch_weights(REPOSITORY, "f" * 40, tmp_path)

@@ -289,7 +289,12 @@ def fetch_weights(repository: str, revision: str, model_root: str | Path) -> Che
             ) from error
         shutil.rmtree(arriving / ".cache", ignore_errors=True)  # the client's notes on the download
         inspect_checkpoint(arriving)
-        arriving.rename(folder)
+        try:
+            arriving.rename(folder)
+        except OSError:
+            # Another process has fetched it meanwhile.
+            if not folder.exists():
+                raise
     return inspect_checkpoint(folder)
 
 
