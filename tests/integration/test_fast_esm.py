@@ -353,6 +353,12 @@ def test_a_result_that_cannot_be_kept_is_told_before_a_model_is_looked_for(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("out_file", ["", ".", "..", "/"])
+def test_a_result_without_a_name_is_refused(out_file: str, fasta: Path) -> None:
+    with pytest.raises(ArtifactError, match="the output is a folder"):
+        extract_fast_esm(fasta, out_file, model=None)
+
+
 def test_what_lies_beside_a_result_never_replaces_its_input(demo_model: FastEsm, tmp_path: Path) -> None:
     for suffix in (".json", ".failures.jsonl"):
         fasta = tmp_path / f"out.pt{suffix}"

@@ -168,12 +168,12 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 def failures_path(target: Path) -> Path:
     """Where the failures of the result `target` are listed, one JSON object a line."""
-    return target.with_name(f"{target.name}.failures.jsonl")
+    return target.parent / f"{target.name}.failures.jsonl"
 
 
 def manifest_path(target: Path) -> Path:
     """Where the manifest of the result `target` lies."""
-    return target.with_name(f"{target.name}.json")
+    return target.parent / f"{target.name}.json"
 
 
 def _find_kept(fasta: Path, target: Path, model: Any, truncation: int) -> Manifest | None:
