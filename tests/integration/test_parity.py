@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +93,52 @@ def test_neither_batch_mates_nor_order_change_a_byte(
     backwards = embed(demo_model, parse(sequences[::-1])).embeddings[::-1]
     alone = np.concatenate([embed(demo_model, parse([sequence])).embeddings for sequence in sequences])
     assert together.tobytes() == backwards.tobytes() == alone.tobytes()
+
+
+def test_a_callers_autocast_changes_no_byte(demo_model: FastEsm, make_proteins: MakeProteins) -> None:
+    batch = parse(make_proteins(20, 52))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = embed(demo_model, batch).embeddings
+    assert inside.tobytes() == embed(demo_model, batch).embeddings.tobytes()
+
+
+PRODUCTS = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+
+
+def choose_nothing() -> None:
+    pass
+
+
+def choose_by_the_older_setting() -> None:
+    torch.set_float32_matmul_precision("medium")
+
+
+def choose_by_the_newer_settings() -> None:
+    for product in PRODUCTS:
+        product.fp32_precision = "tf32"
+
+
+@pytest.fixture
+def default_precision() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for product in PRODUCTS:
+        product.fp32_precision = "none"
+
+
+@pytest.mark.parametrize(
+    "choose", [choose_nothing, choose_by_the_older_setting, choose_by_the_newer_settings]
+)
+@pytest.mark.usefixtures("default_precision")
+def test_a_callers_choice_of_precision_changes_no_byte_and_stays(
+    demo_model: FastEsm, make_proteins: MakeProteins, choose: Callable[[], None]
+) -> None:
+    batch = parse(make_proteins(20, 52))
+    expected = embed(demo_model, batch).embeddings
+    choose()
+    before = [product.fp32_precision for product in PRODUCTS]
+    assert embed(demo_model, batch).embeddings.tobytes() == expected.tobytes()
+    assert [product.fp32_precision for product in PRODUCTS] == before
 
 
 def attend_segments(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *_: object) -> Tensor:

@@ -141,12 +141,19 @@ def pool_residues(hidden: Tensor, pieces: Tensor, rows: int) -> Tensor:
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Float32 products in float32 inside, not in TF32, whatever the process has chosen elsewhere."""
-    chosen = torch.get_float32_matmul_precision()
+    products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    each = [product.fp32_precision for product in products]
+    try:
+        chosen = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        chosen = "highest"  # it was chosen by torch's newer settings, of which this one does not tell
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(chosen)
+        for product, precision in zip(products, each, strict=True):
+            product.fp32_precision = precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +230,8 @@ class FastEsm:
         tokens, positions = self._send(pack.tokens).int(), self._send(pack.positions)
         segments = Segments(self._send(pack.bounds), pack.longest)
         if isinstance(self.encoder, Encoder):
-            with exact_products():
+            # A caller's autocast would have other numbers recorded as those of this dtype.
+            with exact_products(), torch.autocast(self.device.type, enabled=False):
                 hidden = self.encoder(tokens, positions, segments, _ATTENTION[self.plan])
             return pool_residues(hidden, self._send(pack.pieces), int(pack.pieces.sum()))
         tiles = self._send(plan_tiles(pack.bounds))
