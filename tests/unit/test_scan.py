@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import resource
+import sys
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -316,6 +317,13 @@ def test_a_file_written_to_during_the_scan(tmp_path: Path) -> None:
 
     with pytest.raises(InputChangedError, match="written to during the scan"):
         scan_input(path, chunk_tokens=100, spool_root=tmp_path, on_progress=append)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file whose first byte cannot be read")
+def test_a_disk_that_fails_at_the_first_byte_is_named_with_the_file() -> None:
+    with pytest.raises(InputError, match="cannot be read: Input/output error") as caught:
+        scan_input("/proc/self/mem", chunk_tokens=100, spool_root=None)
+    assert caught.value.where == "/proc/self/mem, line 1"
 
 
 @pytest.mark.parametrize("compression", Compression)

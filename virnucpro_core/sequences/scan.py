@@ -98,8 +98,7 @@ def scan_input(
     with ExitStack() as stack:
         file = stack.enter_context(_open_input(path, roots))
         before = os.fstat(file.fileno())
-        compression = detect_compression(file.read(18))
-        file.seek(0)
+        compression = _find_compression(file, path)
         copy = None
         if spool_root is not None and compression in (Compression.GZIP, Compression.ZSTD):
             copy = stack.enter_context(SpooledCopy(spool_root))
@@ -235,6 +234,15 @@ def _open_input(path: Path, roots: Sequence[Path]) -> BinaryIO:
         ) from error
 
 
+def _find_compression(file: BinaryIO, path: Path) -> Compression:
+    try:
+        head = file.read(18)
+        file.seek(0)
+    except OSError as error:
+        raise _failing_disk(error, path, line=1) from error
+    return detect_compression(head)
+
+
 def _name_faults(blocks: Iterator[bytes], path: Path, cutter: ChunkCutter) -> Iterator[bytes]:
     """Passes blocks on; a fault of reading them gets the file and the line that the cutter is in."""
     try:
@@ -243,8 +251,12 @@ def _name_faults(blocks: Iterator[bytes], path: Path, cutter: ChunkCutter) -> It
         where = f"{path}, line {cutter.line}, {error.where}"
         raise InputError(error.what, where=where, todo=error.todo) from error
     except OSError as error:
-        raise InputError(
-            f"the file cannot be read: {error.strerror}",
-            where=f"{path}, line {cutter.line}",
-            todo="Check the disk that the file is on.",
-        ) from error
+        raise _failing_disk(error, path, line=cutter.line) from error
+
+
+def _failing_disk(error: OSError, path: Path, *, line: int) -> InputError:
+    return InputError(
+        f"the file cannot be read: {error.strerror}",
+        where=f"{path}, line {line}",
+        todo="Check the disk that the file is on.",
+    )
