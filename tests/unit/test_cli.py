@@ -274,6 +274,11 @@ def test_validate_says_when_there_is_no_manifest(result: Path, virnucpro: Comman
     assert "no manifest to compare" in virnucpro("validate", result).out
 
 
+def test_validate_takes_a_name_that_leaves_no_room_for_a_manifests(result: Path, virnucpro: Command) -> None:
+    long = result.rename(result.with_name("n" * 255))
+    assert "no manifest to compare" in virnucpro("validate", long).out
+
+
 def test_validate_finds_the_manifest_of_a_published_result(result: Path, virnucpro: Command) -> None:
     manifest = result.with_name("proteins.manifest.json")
     result.with_name(f"{result.name}.json").rename(manifest)

@@ -166,7 +166,11 @@ def find_manifest(path: Path) -> tuple[Path, Manifest] | None:
 
     stem = path.name.rpartition("_ESM.")[0]
     for candidate in (path.with_name(f"{path.name}.json"), path.with_name(f"{stem}.manifest.json")):
-        if candidate.exists():
+        try:
+            there = candidate.exists()
+        except OSError:
+            continue  # as no file can have so long a name
+        if there:
             manifest = read_manifest(candidate)
             named = tuple(file for file in manifest.files if file.name == path.name)
             if named:
