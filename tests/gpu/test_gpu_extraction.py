@@ -129,6 +129,31 @@ def test_the_size_of_packs_changes_no_byte(
     )
 
 
+def test_what_a_caller_has_chosen_for_torch_changes_no_byte(
+    any_packed_model: FastEsm, make_proteins: MakeProteins
+) -> None:
+    batch = parse(make_proteins(50, 165))
+    expected = embed(any_packed_model, batch).embeddings.tobytes()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert embed(any_packed_model, batch).embeddings.tobytes() == expected
+    with CUDA:
+        assert embed(any_packed_model, batch).embeddings.tobytes() == expected
+
+
+def test_float32_is_exact_whatever_a_caller_has_chosen_for_torch(
+    demo_checkpoint: Path, make_proteins: MakeProteins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = (
+        load_fast_esm(demo_checkpoint, device="cuda", dtype="float32"),
+        parse(make_proteins(50, 165)),
+    )
+    expected = embed(model, batch).embeddings.tobytes()
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    with torch.autocast("cuda", torch.bfloat16), CUDA:
+        assert embed(model, batch).embeddings.tobytes() == expected
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def test_packs_are_halved_until_they_fit_with_the_same_bytes(
     packed_model: FastEsm, make_proteins: MakeProteins, limit_memory: Callable[[int], None]
 ) -> None:

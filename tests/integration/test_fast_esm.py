@@ -159,6 +159,17 @@ def test_the_selftest_fails_where_transformers_disagrees(
     assert not verdict.passed
 
 
+def test_a_configuration_that_transformers_refuses_fails_the_selftest(
+    demo_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(demo_checkpoint, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_dropout_prob": "none"}
+    (folder / "config.json").write_text(json.dumps(config))
+    [failed] = [check for check in run_selftest(folder, device="cpu").checks if not check.passed]
+    assert "transformers.EsmModel" in failed.name
+    assert "hidden_dropout_prob" in failed.detail
+
+
 def test_verdicts_are_kept_by_execution_class(verdict: Verdict, tmp_path: Path) -> None:
     assert read_verdicts(tmp_path) == {}
     keep_verdict(tmp_path, verdict)

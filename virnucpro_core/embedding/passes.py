@@ -127,7 +127,7 @@ class Passes:
             pooled = self.model.embed_pack(pack)
             if self.model.device.type != "cuda":
                 return _Transfer(members, pooled, None)
-            host = torch.empty(pooled.shape, dtype=pooled.dtype, pin_memory=True)
+            host = torch.empty(pooled.shape, dtype=pooled.dtype, device="cpu", pin_memory=True)
             host.copy_(pooled, non_blocking=True)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(torch.cuda.current_stream(self.model.device))
