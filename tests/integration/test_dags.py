@@ -266,6 +266,14 @@ def test_registering_twice_finds_the_job_and_force_begins_a_generation(ledger: E
     assert in_transaction(ledger, queries.get_job, first[0]["job"]).generation == 2
 
 
+def test_a_run_that_forces_a_new_file_computes_it_once(ledger: Engine, inbox: Path) -> None:
+    """Its task may be tried again after the commit, and an equal file may lie beside it."""
+    file, equal = (write_fasta(inbox / name, "MKVLAT", "MKW") for name in ("a.fasta", "equal.fasta"))
+    [first] = register(file, force=True)
+    assert [one["job"] for one in register(file, equal, force=True)] == [first["job"]] * 2
+    assert in_transaction(ledger, queries.get_job, first["job"]).generation == 1
+
+
 def test_submission_says_who_asked_and_for_what(ledger: Engine, inbox: Path) -> None:
     file = write_fasta(inbox / "reads.fasta", "MKVLAT")
     (inbox / "reads_DNABERT_S.pt").write_bytes(b"nucleotides")
