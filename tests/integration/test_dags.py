@@ -337,6 +337,27 @@ def test_asset_event_carries_rows_and_checksum(ledger: Engine, inbox: Path) -> N
     assert job["folder"].startswith("results/a-")
 
 
+def test_a_file_stays_accepted_while_its_job_is_validated_again_for_an_equal_one(
+    ledger: Engine, inbox: Path
+) -> None:
+    first = register(write_fasta(inbox / "a.fasta", "MKVLAT"))
+    finish(ledger, first[0]["job"])
+    second = register(write_fasta(inbox / "equal.fasta", "MKVLAT"))
+    assert second[0]["job"] == first[0]["job"]
+    [told], extra = report(first)
+    assert (told["fault"], extra) == ("", {"files": [told]})
+    with pytest.raises(JobError, match="job 1 running"):
+        report(second)
+
+
+def test_a_file_is_not_accepted_while_its_job_is_computed_anew(ledger: Engine, inbox: Path) -> None:
+    files = register(file := write_fasta(inbox / "a.fasta", "MKVLAT"))
+    finish(ledger, files[0]["job"])
+    register(file, force=True)
+    with pytest.raises(JobError, match="job 1 running"):
+        report(files)
+
+
 def test_a_file_that_its_job_was_not_asked_for_is_named(ledger: Engine, inbox: Path) -> None:
     [file] = register(write_fasta(inbox / "a.fasta", "MKVLAT"))
     with pytest.raises(JobError, match=r"was not asked for this file.*/else\.fasta"):
