@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -20,7 +19,7 @@ from airflow.sdk import (
 )
 
 from dags.connections import open_dag_ledger
-from dags.inbox import find_inputs, make_batches, name_batch
+from dags.inbox import find_inputs, make_batches, name_batch, read_path
 from dags.links import DAG_ID
 from dags.notices import make_deadline, tell_failed
 from dags.outcomes import FileOutcome, explain_outcome, log_outcome, read_outcome, sum_up
@@ -144,7 +143,7 @@ def register(
     errors: list[InputError] = []
     with open_dag_ledger() as ledger:
         for name in batch:
-            path = Path(name)
+            path = read_path(name)
             try:
                 job = submit_file(
                     ledger,

@@ -22,7 +22,7 @@ from sqlalchemy import Engine
 from structlog.testing import capture_logs
 
 from dags import virnucpro_ingest as ingest
-from dags.inbox import BATCHES, find_inputs, make_batches, name_batch
+from dags.inbox import BATCHES, find_inputs, make_batches, name_batch, write_path
 from dags.outcomes import FileOutcome, sum_up
 from tests import ledger_jobs as jobs
 from virnucpro_core.errors import InputError, JobError, ServiceError, SettingsError
@@ -92,7 +92,7 @@ def write_fasta(path: Path, *sequences: str) -> Path:
 
 
 def register(*files: Path, results: Results | None = None, **form: Any) -> Any:
-    names = [str(file) for file in files]
+    names = [write_path(file) for file in files]
     return ingest.register.function(names, params=FORM | form, run_id="test", ti=results or Results())
 
 
@@ -218,13 +218,14 @@ def test_what_cannot_be_read_is_refused_by_its_name_and_the_others_go_on(
     monkeypatch.setattr("dags.connections.check_migrated", lambda ledger: None)
     good = write_fasta(open_inbox / "good.fasta", "MKVLAT")
     (closed := write_fasta(open_inbox / "deep/closed/a.fasta", "MKV").parent).chmod(0)
+    (below := open_inbox / "listed/below").mkdir(parents=True)
     (listed := write_fasta(open_inbox / "listed/b.fasta", "MKV")).parent.chmod(0o444)
     write_fasta(open_inbox / ".hidden/c.fasta", "MKV").parent.chmod(0)
     with as_nobody():
         found = find_inputs(open_inbox, [])
         files = register(*found)
-    assert found == [closed, good, listed]
-    assert [file["job"] is None for file in files] == [True, False, True]
+    assert found == [closed, good, listed, below]
+    assert [file["job"] is None for file in files] == [True, False, True, True]
     assert f"Permission denied [{closed}]" in files[0]["refused"]
     assert f"Permission denied [{listed}]" in files[2]["refused"]
 
@@ -242,9 +243,36 @@ def test_links_to_folders_are_not_followed_and_links_to_files_are(inbox: Path, t
     (inbox / "folder").symlink_to(outside.parent)
     (inbox / "folder.fasta").symlink_to(outside.parent)
     (inbox / "file.fasta").symlink_to(outside)
-    (inbox / "dangling.fasta").symlink_to(tmp_path / "nowhere")
-    (inbox / "loop.fasta").symlink_to(inbox / "loop.fasta")
-    assert find_inputs(inbox, []) == [inbox / "file.fasta"]
+    with capture_logs() as lines:
+        assert find_inputs(inbox, []) == [inbox / "file.fasta"]
+    assert {line["folder"] for line in lines} == {str(inbox / "folder"), str(inbox / "folder.fasta")}
+
+
+def test_a_link_that_leads_nowhere_is_refused_by_its_name(
+    ledger: Engine, inbox: Path, tmp_path: Path
+) -> None:
+    (dangling := inbox / "dangling.fasta").symlink_to(tmp_path / "nowhere")
+    (loop := inbox / "loop.fasta").symlink_to(loop)
+    found = find_inputs(inbox, [])
+    assert found == [dangling, loop]
+    refused = register(*found, write_fasta(inbox / "good.fasta", "MKVLAT"))
+    assert f"there is no such file [{dangling}]" in refused[0]["refused"]
+    assert f"the file cannot be opened: Too many levels of symbolic links [{loop}]" in refused[1]["refused"]
+
+
+def test_a_name_that_is_not_utf_8_is_refused_and_keeps_no_others_out(ledger: Engine, inbox: Path) -> None:
+    folder = inbox / os.fsdecode(b"caf\xe9")
+    odd = write_fasta(folder / "a.fasta", "MKV")
+    (inbox / "link.fasta").symlink_to(Path("/nowhere") / odd.name / folder.name)
+    found = find_inputs(inbox, [])
+    good = write_fasta(inbox / "good.fasta", "MKVLAT")
+    files = register(*found, good)
+    assert [Path(file["path"]).name for file in files] == ["a.fasta", "link.fasta", "good.fasta"]
+    assert "name is not UTF-8" in files[0]["refused"]
+    assert "caf\\udce9" in files[0]["refused"]
+    assert "leads out of" in files[1]["refused"]
+    json.dumps(files, ensure_ascii=False).encode()
+    assert files[2]["job"] is not None
 
 
 def test_named_files_are_taken_once_and_from_the_inbox(inbox: Path) -> None:
