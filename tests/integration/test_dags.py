@@ -72,17 +72,30 @@ def inbox(settings_environment: Callable[..., None], tmp_path: Path) -> Path:
 
 
 class Results:
-    """What tasks of a run have returned or left behind, by task and key, as Airflow keeps it."""
+    """What mapped tasks of a run have returned or left behind, and how `report` ended, as Airflow keeps it.
+
+    It forgets what a task left when that is run again, and not before.
+
+    Attributes:
+        index: the map index of the task that plays now.
+        states: of the instances of `report`, such as {"report_0": "success"}.
+    """
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[str, str], list[Any]] = {}
+        self.kept: dict[tuple[str, str, int], Any] = {}
+        self.index = 0
+        self.states: dict[str, str] = {}
 
     def xcom_push(self, key: str, value: Any, task: str = "register") -> None:
-        self.kept.setdefault((task, key), []).append(json.loads(json.dumps(value)))
+        self.kept[task, key, self.index] = json.loads(json.dumps(value))
 
-    def xcom_pull(self, task_ids: list[str], key: str = "return_value") -> list[Any]:
+    def xcom_pull(self, task_ids: list[str], map_indexes: list[int], key: str = "return_value") -> list[Any]:
         [task] = task_ids
-        return self.kept.get((task, key), [None])
+        return [self.kept.get((task, key, index)) for index in map_indexes]
+
+    def get_task_states(self, dag_id: str, task_ids: list[str], run_ids: list[str]) -> dict[str, Any]:
+        assert (dag_id, task_ids) == ("virnucpro_ingest", ["report"])
+        return dict.fromkeys(run_ids, self.states)
 
 
 def write_fasta(path: Path, *sequences: str) -> Path:
@@ -96,8 +109,17 @@ def register(*files: Path, results: Results | None = None, **form: Any) -> Any:
     return ingest.register.function(names, params=FORM | form, run_id="test", ti=results or Results())
 
 
+def register_and_report(results: Results, ledger: Engine, file: Path) -> None:
+    """Play a file's tasks until it has its accepted result."""
+    registered = register(file)
+    results.xcom_push("return_value", registered)
+    finish(ledger, registered[0]["job"])
+    results.xcom_push("return_value", report(registered)[0], task="report")
+    results.states[f"report_{results.index}"] = "success"
+
+
 def summarize(results: Results, *files: Path, **form: Any) -> None:
-    ingest.summary.function([[str(file) for file in files]], params=FORM | form, ti=results)
+    ingest.summary.function(make_batches(files), params=FORM | form, run_id="test", ti=results)
 
 
 def report(files: Any, **form: Any) -> tuple[Any, Any]:
@@ -437,6 +459,7 @@ def test_summary_says_why_though_the_files_own_tasks_left_no_report(ledger: Engi
     with pytest.raises(InputError):
         register(refused, results=results)
     for file, sequences in ((failed, ["MKV"]), (faulty, ["MKW", "MKA"]), (odd, ["MKL"])):
+        results.index += 1
         registered = register(write_fasta(file, *sequences))
         results.xcom_push("return_value", registered)
         job = registered[0]["job"]
@@ -456,3 +479,38 @@ def test_summary_says_why_though_the_files_own_tasks_left_no_report(ledger: Engi
     assert "1 of 2 records failed, more than" in said[str(faulty)]
     assert said[str(odd)] == "it did not get through its stages: see its failed task; its job succeeded"
     assert said[str(unknown)] == "it did not get through its stages: see its failed task"
+
+
+def test_summary_does_not_believe_what_was_reported_before_a_clear(ledger: Engine, inbox: Path) -> None:
+    results = Results()
+    file = write_fasta(inbox / "a.fasta", "MKVLAT")
+    register_and_report(results, ledger, file)
+    summarize(results, file)
+    write_fasta(file)
+    with pytest.raises(InputError):
+        register(file, results=results)
+    del results.kept["register", "return_value", 0]
+    results.states["report_0"] = "upstream_failed"
+    with pytest.raises(JobError, match="the file is empty"):
+        summarize(results, file)
+
+
+def test_summary_forgets_a_file_that_has_left_the_inbox(ledger: Engine, inbox: Path) -> None:
+    """`find_files` was cleared: the tasks of the last place are removed, what they left is still there."""
+    results = Results()
+    stays, bad, left = (inbox / f"{name}.fasta" for name in "abc")
+    register_and_report(results, ledger, write_fasta(stays, "MKVLAT"))
+    results.index = 1
+    with pytest.raises(InputError):
+        register(write_fasta(bad), results=results)
+    results.index = 2
+    register_and_report(results, ledger, write_fasta(left, "MKW"))
+    results.states["report_2"] = "removed"
+    with capture_logs() as lines:
+        summarize(results, stays)
+    assert "1 of 1 files are accepted" in lines[-1]["event"]
+
+
+def test_summary_says_so_if_nobody_could_look_for_files() -> None:
+    with pytest.raises(JobError, match=r"could not look for its files \[find_files\]"):
+        ingest.summary.function(None, params=FORM, run_id="test", ti=Results())
