@@ -334,6 +334,13 @@ def test_submission_says_who_asked_and_for_what(ledger: Engine, inbox: Path) -> 
     assert submission.requested_by == "virnucpro_ingest test"
 
 
+def test_nucleotides_that_a_link_does_not_lead_to_are_missed(ledger: Engine, inbox: Path) -> None:
+    file = write_fasta(inbox / "reads.fasta", "MKVLAT")
+    (beside := inbox / "reads_DNABERT_S.pt").symlink_to(inbox / "nowhere.pt")
+    with pytest.raises(InputError, match=rf"nucleotide file cannot be read: No such file.*{beside}"):
+        register(file)
+
+
 def test_equal_stems_are_different_jobs(ledger: Engine, inbox: Path) -> None:
     files = register(write_fasta(inbox / "one/a.fasta", "MKV"), write_fasta(inbox / "two/a.fasta", "MKW"))
     assert files[0]["job"] != files[1]["job"]

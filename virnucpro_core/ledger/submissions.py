@@ -72,14 +72,14 @@ def cut_suffix(name: str, suffixes: tuple[str, ...]) -> str:
 
 
 def find_nucleotides(path: Path) -> Path | None:
-    """The nucleotide file that lies beside a FASTA file: `<stem>_DNABERT_S.pt`, if there is one.
+    """The nucleotide file that lies beside a FASTA file: `<stem>_DNABERT_S.pt`, or a link, also to one that is away.
 
     Raises:
         InputError: their folder cannot be searched.
     """
     beside = path.parent / f"{name_stem(path)}{NUCLEOTIDE_ENDING}"
     try:
-        return beside if beside.exists() else None
+        return beside if beside.exists() or beside.is_symlink() else None
     except OSError as error:
         raise InputError(
             f"the file's folder cannot be searched: {error.strerror}",
