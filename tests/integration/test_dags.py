@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import subprocess
@@ -28,6 +29,7 @@ from tests import ledger_jobs as jobs
 from virnucpro_core.errors import InputError, JobError, ServiceError, SettingsError
 from virnucpro_core.ledger import queries, transitions
 from virnucpro_core.ledger.database import in_transaction, open_ledger
+from virnucpro_core.ledger.submissions import PATH_BYTES
 from virnucpro_core.stack.programs import PROJECT
 
 pytestmark = pytest.mark.integration
@@ -332,6 +334,19 @@ def test_submission_says_who_asked_and_for_what(ledger: Engine, inbox: Path) -> 
     assert submission.nucleotide_path == str(inbox / "reads_DNABERT_S.pt")
     assert (submission.label, submission.max_failed_share) == ("viral", 0.5)
     assert submission.requested_by == "virnucpro_ingest test"
+
+
+def test_a_path_is_refused_if_it_is_longer_than_the_ledger_holds(ledger: Engine, inbox: Path) -> None:
+    # Nothing that could be compressed.
+    deep = inbox.joinpath(*(hashlib.shake_256(bytes([k])).hexdigest(80) for k in range(7)))
+    too_long = write_fasta(deep / ("x" * 200) / "a.fasta", "MKV")
+    room = PATH_BYTES - len(f"{deep}/_DNABERT_S.pt")
+    longest = write_fasta(deep / f"{'x' * room}.fasta", "MKVLAT")
+    (deep / f"{longest.stem}_DNABERT_S.pt").write_bytes(b"nucleotides")
+    refused, registered = register(too_long, longest)
+    assert f"longer than {PATH_BYTES} bytes [{too_long}]" in refused["refused"]
+    [submission] = in_transaction(ledger, queries.submissions_of, registered["job"])
+    assert len(submission.nucleotide_path) == PATH_BYTES
 
 
 def test_nucleotides_that_a_link_does_not_lead_to_are_missed(ledger: Engine, inbox: Path) -> None:
