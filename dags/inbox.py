@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +22,8 @@ def find_inputs(inbox: Path, named: Sequence[str]) -> list[Path]:
 
     A relative name starts in the inbox. The inbox is searched with all its folders; hidden files and folders
     are passed over, so that an upload can take place under a name with a leading dot. Links to folders are not
-    followed. What cannot be looked at, a folder or a file, is taken for an input: it is then refused under its
-    name, the run fails, and the other files go on.
+    followed. What cannot be looked at, a folder, a file or where a link leads, is taken for an input: it is then
+    refused under its name, the run fails, and the other files go on.
 
     Raises:
         SettingsError: the inbox is asked for, and cannot be read.
@@ -39,21 +40,26 @@ def find_inputs(inbox: Path, named: Sequence[str]) -> list[Path]:
                 todo="Create it, or make it readable for the user that Airflow runs as; or set VIRNUCPRO_INBOX.",
             ) from error
         if not isinstance(error, FileNotFoundError):  # who removed a folder meanwhile took its files out
-            log.warning("the folder cannot be read", folder=error.filename, reason=error.strerror)
-            unreadable.append(Path(error.filename))
+            path = Path(error.filename)
+            log.warning("the folder cannot be read", folder=write_path(path), reason=error.strerror)
+            unreadable.append(path)
 
     found: list[Path] = []
     for folder, folders, names in os.walk(inbox, onerror=note):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for link in filter(os.path.islink, [Path(folder, name) for name in folders]):
+            log.warning(
+                "a link to a folder is not followed: its files are not taken", folder=write_path(link)
+            )
         paths = [Path(folder, name) for name in names if not name.startswith(".")]
         found += [path for path in paths if has_fasta_name(path) and is_input(path)]
     return sorted(found + unreadable)
 
 
 def is_input(path: Path) -> bool:
-    """Whether this is a file, or may be one that cannot be looked at."""
+    """Whether this is a file, or may be one that cannot be looked at: a link may lead nowhere for the moment."""
     try:
-        return path.is_file()
+        return path.is_file() or (path.is_symlink() and not path.exists())
     except OSError:
         return True
 
@@ -61,7 +67,19 @@ def is_input(path: Path) -> bool:
 def make_batches(files: Sequence[Path]) -> list[list[str]]:
     """A batch per file up to `BATCHES` files; above that, as many files in each as keep to that number."""
     size = max(1, -(-len(files) // BATCHES))
-    return [[str(file) for file in files[start : start + size]] for start in range(0, len(files), size)]
+    return [
+        [write_path(file) for file in files[start : start + size]] for start in range(0, len(files), size)
+    ]
+
+
+def write_path(path: Path) -> str:
+    r"""A path as text, which is all that tasks hand on: of a name that is not UTF-8, a byte becomes `\udce9`, say."""
+    return str(path).encode(errors="backslashreplace").decode()
+
+
+def read_path(text: str) -> Path:
+    """The path that was written: whoever opens it says what is wrong with its name."""
+    return Path(re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda byte: chr(int(byte[1], 16)), text))
 
 
 def name_batch(files: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -20,7 +19,7 @@ from airflow.sdk import (
 )
 
 from dags.connections import open_dag_ledger
-from dags.inbox import find_inputs, make_batches, name_batch
+from dags.inbox import find_inputs, make_batches, name_batch, read_path
 from dags.links import DAG_ID
 from dags.notices import make_deadline, tell_failed
 from dags.outcomes import FileOutcome, explain_outcome, log_outcome, read_outcome, sum_up
@@ -144,7 +143,7 @@ def register(
     errors: list[InputError] = []
     with open_dag_ledger() as ledger:
         for name in batch:
-            path = Path(name)
+            path = read_path(name)
             try:
                 job = submit_file(
                     ledger,
@@ -204,18 +203,31 @@ def report(
 
 
 @task(trigger_rule=TriggerRule.ALL_DONE)
-def summary(batches: list[list[str]], params: dict[str, Any] | None = None, ti: Any = None) -> None:
+def summary(
+    batches: list[list[str]] | None,
+    params: dict[str, Any] | None = None,
+    run_id: str | None = None,
+    ti: Any = None,
+) -> None:
     """Say what became of the run; fails if a file has no accepted result."""
     assert params is not None
+    if batches is None:
+        raise JobError(
+            "the run could not look for its files",
+            where="find_files",
+            todo="Its log says why: mend the cause, then clear it.",
+        )
 
-    def pull(task_id: str, key: str = "return_value") -> list[Any]:
-        # By a list of tasks Airflow gives a list; of one mapped task alone it would give the bare value.
-        return [file for batch in ti.xcom_pull(task_ids=[task_id], key=key) if batch for file in batch]
+    def pull(task_id: str, indexes: list[int], key: str = "return_value") -> list[Any]:
+        found = ti.xcom_pull(task_ids=[task_id], map_indexes=indexes, key=key)
+        return [file for batch in found if batch for file in batch]
 
-    outcomes: list[FileOutcome] = pull("report")
-    told = {outcome["path"] for outcome in outcomes}
-    registered: list[SubmittedFile] = pull("register") + pull("register", REFUSED)
-    untold = [file for file in registered if file["path"] not in told]
+    # What a task left before a Clear is there until it runs again: it may not, or there may be fewer of them now.
+    states = ti.get_task_states(DAG_ID, task_ids=["report"], run_ids=[run_id]).get(run_id, {})
+    reported = [index for index in range(len(batches)) if states.get(f"report_{index}") == "success"]
+    others = [index for index in range(len(batches)) if index not in reported]
+    outcomes: list[FileOutcome] = pull("report", reported)
+    untold: list[SubmittedFile] = pull("register", others) + pull("register", others, REFUSED)
     if untold:
         with open_dag_ledger() as ledger:
             outcomes += [

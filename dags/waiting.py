@@ -111,8 +111,12 @@ class StageTrigger(BaseTrigger):
         return sum(not is_settled(progress, self.position) for progress in progress_from_rows(rows))
 
     async def on_kill(self) -> None:
-        """Strike off this wait and no other: after a Clear, the next attempt has its own rows by now."""
-        await asyncio.to_thread(strike_off, self.jobs, self.token)
+        """Strike off this wait and no other: after a Clear, the next attempt has its own rows by now.
+
+        Airflow cancels a trigger again in each second that it takes to end: where many are killed at once, that must
+        not take one out of the queue for a thread.
+        """
+        await asyncio.shield(asyncio.to_thread(strike_off, self.jobs, self.token))
 
 
 def strike_off(jobs: Sequence[int], token: str) -> None:

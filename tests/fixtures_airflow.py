@@ -90,10 +90,16 @@ class House:
         found: dict[str, Any] = wait_until(task, lambda: self.states(run))
         return found
 
-    def clear(self, run: str, task_id: str) -> None:
-        """What a person's click on Clear does, for this task alone."""
+    def clear(self, run: str, task_id: str, *, downstream: bool = False) -> None:
+        """What a person's click on Clear does, for this task alone or for all that follow it, too."""
         body = {"dry_run": False, "only_failed": False, "dag_run_id": run, "task_ids": [task_id]}
-        ask(self.airflow, "POST", f"{DAG}/clearTaskInstances", **body)
+        ask(self.airflow, "POST", f"{DAG}/clearTaskInstances", **body, include_downstream=downstream)
+
+    def log(self, run: str, task_id: str, attempt: int = 1) -> str:
+        """What the log of a task says, which is not mapped."""
+        return json.dumps(
+            ask(self.airflow, "GET", f"{DAG}/dagRuns/{run}/taskInstances/{task_id}/logs/{attempt}")
+        )
 
     def features_told(self, run: str) -> list[dict[str, Any]]:
         """The files in the run's asset events."""

@@ -23,7 +23,9 @@ class VirnucproError(Exception):
     def __str__(self) -> str:
         place = f" [{self.where}]" if self.where else ""
         advice = f" {self.todo}" if self.todo else ""
-        return f"{self.what}{place}.{advice}"
+        told = f"{self.what}{place}.{advice}"
+        # A path in it may not be UTF-8, which neither a log nor the ledger can hold.
+        return told.encode(errors="backslashreplace").decode()
 
 
 class SettingsError(VirnucproError):

@@ -203,6 +203,27 @@ def test_clear_resumes_what_a_person_cancelled(house: House, proteins: Path) -> 
     house.wait_for_run(run)
 
 
+def test_clear_of_a_file_that_was_accepted_fails_the_run_if_it_is_bad_now(
+    house: House, proteins: Path
+) -> None:
+    run = house.run(proteins)
+    proteins.write_text("")
+    house.clear(run, "register", downstream=True)
+    assert house.wait_for_run(run) == "failed", house.states(run)
+    assert house.states(run)["report", 0] == "upstream_failed"
+    assert f"{proteins}: the file is empty" in house.log(run, "summary", attempt=2)
+
+
+def test_inbox_that_is_away_is_told_by_the_summary(house: House) -> None:
+    house.inbox.rename(away := house.inbox.with_name("away"))
+    try:
+        run = house.trigger()
+        assert house.wait_for_run(run) == "failed"
+    finally:
+        away.rename(house.inbox)
+    assert "the run could not look for its files [find_files]" in house.log(run, "summary")
+
+
 def test_inbox_with_a_bad_file_gives_the_good_ones_and_names_the_bad_one(
     house: House, proteins: Path
 ) -> None:
@@ -215,6 +236,9 @@ def test_inbox_with_a_bad_file_gives_the_good_ones_and_names_the_bad_one(
     for path, content in ((one, records[:3]), (two, records[3:6]), (bad, [])):
         path.parent.mkdir()
         path.write_text("".join(f">{record}" for record in content))
+    odd = house.inbox / os.fsdecode(b"d/caf\xe9.fasta")
+    odd.parent.mkdir()
+    odd.write_bytes(one.read_bytes())
     run = house.trigger()
     assert house.wait_for_run(run) == "failed"
     house.wait_for_notice(run, "failed")
@@ -224,11 +248,12 @@ def test_inbox_with_a_bad_file_gives_the_good_ones_and_names_the_bad_one(
         house.check_published(house.job_of(path))
     assert {file["path"] for file in house.features_told(run)} == {str(one), str(two)}
     states = house.states(run)
-    assert [states["register", k] for k in range(3)] == ["success", "success", "failed"]
+    assert [states["register", k] for k in range(4)] == ["success", "success", "failed", "failed"]
     assert states["summary", -1] == "failed"
     assert house.tasks(run)["register", 2]["try_number"] == 1, "an input error was tried again"
-    log = ask(house.airflow, "GET", f"{DAG}/dagRuns/{run}/taskInstances/summary/logs/1")
-    assert f"{bad}: the file is empty" in json.dumps(log), "the summary names the file, and says why"
+    log = house.log(run, "summary")
+    assert f"{bad}: the file is empty" in log, "the summary names the file, and says why"
+    assert "a file's name is not UTF-8" in log
     tab = house.airflow.get(
         house.airflow.base_url.copy_with(path="/virnucpro/run"), params={"run_id": run}
     ).text
@@ -236,3 +261,8 @@ def test_inbox_with_a_bad_file_gives_the_good_ones_and_names_the_bad_one(
     assert f"/runs/{quote(run, safe='')}/tasks/register/mapped/2" in tab, (
         "nothing leads to the bad file's task"
     )
+
+    for path in (bad, odd):
+        path.unlink()
+    house.clear(run, "find_files", downstream=True)
+    assert house.wait_for_run(run) == "success", "what is not in the inbox any more is still told of"

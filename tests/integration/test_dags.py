@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import subprocess
@@ -22,12 +23,13 @@ from sqlalchemy import Engine
 from structlog.testing import capture_logs
 
 from dags import virnucpro_ingest as ingest
-from dags.inbox import BATCHES, find_inputs, make_batches, name_batch
+from dags.inbox import BATCHES, find_inputs, make_batches, name_batch, write_path
 from dags.outcomes import FileOutcome, sum_up
 from tests import ledger_jobs as jobs
 from virnucpro_core.errors import InputError, JobError, ServiceError, SettingsError
 from virnucpro_core.ledger import queries, transitions
 from virnucpro_core.ledger.database import in_transaction, open_ledger
+from virnucpro_core.ledger.submissions import PATH_BYTES
 from virnucpro_core.stack.programs import PROJECT
 
 pytestmark = pytest.mark.integration
@@ -72,17 +74,30 @@ def inbox(settings_environment: Callable[..., None], tmp_path: Path) -> Path:
 
 
 class Results:
-    """What tasks of a run have returned or left behind, by task and key, as Airflow keeps it."""
+    """What mapped tasks of a run have returned or left behind, and how `report` ended, as Airflow keeps it.
+
+    It forgets what a task left when that is run again, and not before.
+
+    Attributes:
+        index: the map index of the task that plays now.
+        states: of the instances of `report`, such as {"report_0": "success"}.
+    """
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[str, str], list[Any]] = {}
+        self.kept: dict[tuple[str, str, int], Any] = {}
+        self.index = 0
+        self.states: dict[str, str] = {}
 
     def xcom_push(self, key: str, value: Any, task: str = "register") -> None:
-        self.kept.setdefault((task, key), []).append(json.loads(json.dumps(value)))
+        self.kept[task, key, self.index] = json.loads(json.dumps(value))
 
-    def xcom_pull(self, task_ids: list[str], key: str = "return_value") -> list[Any]:
+    def xcom_pull(self, task_ids: list[str], map_indexes: list[int], key: str = "return_value") -> list[Any]:
         [task] = task_ids
-        return self.kept.get((task, key), [None])
+        return [self.kept.get((task, key, index)) for index in map_indexes]
+
+    def get_task_states(self, dag_id: str, task_ids: list[str], run_ids: list[str]) -> dict[str, Any]:
+        assert (dag_id, task_ids) == ("virnucpro_ingest", ["report"])
+        return dict.fromkeys(run_ids, self.states)
 
 
 def write_fasta(path: Path, *sequences: str) -> Path:
@@ -92,12 +107,21 @@ def write_fasta(path: Path, *sequences: str) -> Path:
 
 
 def register(*files: Path, results: Results | None = None, **form: Any) -> Any:
-    names = [str(file) for file in files]
+    names = [write_path(file) for file in files]
     return ingest.register.function(names, params=FORM | form, run_id="test", ti=results or Results())
 
 
+def register_and_report(results: Results, ledger: Engine, file: Path) -> None:
+    """Play a file's tasks until it has its accepted result."""
+    registered = register(file)
+    results.xcom_push("return_value", registered)
+    finish(ledger, registered[0]["job"])
+    results.xcom_push("return_value", report(registered)[0], task="report")
+    results.states[f"report_{results.index}"] = "success"
+
+
 def summarize(results: Results, *files: Path, **form: Any) -> None:
-    ingest.summary.function([[str(file) for file in files]], params=FORM | form, ti=results)
+    ingest.summary.function(make_batches(files), params=FORM | form, run_id="test", ti=results)
 
 
 def report(files: Any, **form: Any) -> tuple[Any, Any]:
@@ -218,13 +242,14 @@ def test_what_cannot_be_read_is_refused_by_its_name_and_the_others_go_on(
     monkeypatch.setattr("dags.connections.check_migrated", lambda ledger: None)
     good = write_fasta(open_inbox / "good.fasta", "MKVLAT")
     (closed := write_fasta(open_inbox / "deep/closed/a.fasta", "MKV").parent).chmod(0)
+    (below := open_inbox / "listed/below").mkdir(parents=True)
     (listed := write_fasta(open_inbox / "listed/b.fasta", "MKV")).parent.chmod(0o444)
     write_fasta(open_inbox / ".hidden/c.fasta", "MKV").parent.chmod(0)
     with as_nobody():
         found = find_inputs(open_inbox, [])
         files = register(*found)
-    assert found == [closed, good, listed]
-    assert [file["job"] is None for file in files] == [True, False, True]
+    assert found == [closed, good, listed, below]
+    assert [file["job"] is None for file in files] == [True, False, True, True]
     assert f"Permission denied [{closed}]" in files[0]["refused"]
     assert f"Permission denied [{listed}]" in files[2]["refused"]
 
@@ -242,9 +267,36 @@ def test_links_to_folders_are_not_followed_and_links_to_files_are(inbox: Path, t
     (inbox / "folder").symlink_to(outside.parent)
     (inbox / "folder.fasta").symlink_to(outside.parent)
     (inbox / "file.fasta").symlink_to(outside)
-    (inbox / "dangling.fasta").symlink_to(tmp_path / "nowhere")
-    (inbox / "loop.fasta").symlink_to(inbox / "loop.fasta")
-    assert find_inputs(inbox, []) == [inbox / "file.fasta"]
+    with capture_logs() as lines:
+        assert find_inputs(inbox, []) == [inbox / "file.fasta"]
+    assert {line["folder"] for line in lines} == {str(inbox / "folder"), str(inbox / "folder.fasta")}
+
+
+def test_a_link_that_leads_nowhere_is_refused_by_its_name(
+    ledger: Engine, inbox: Path, tmp_path: Path
+) -> None:
+    (dangling := inbox / "dangling.fasta").symlink_to(tmp_path / "nowhere")
+    (loop := inbox / "loop.fasta").symlink_to(loop)
+    found = find_inputs(inbox, [])
+    assert found == [dangling, loop]
+    refused = register(*found, write_fasta(inbox / "good.fasta", "MKVLAT"))
+    assert f"there is no such file [{dangling}]" in refused[0]["refused"]
+    assert f"the file cannot be opened: Too many levels of symbolic links [{loop}]" in refused[1]["refused"]
+
+
+def test_a_name_that_is_not_utf_8_is_refused_and_keeps_no_others_out(ledger: Engine, inbox: Path) -> None:
+    folder = inbox / os.fsdecode(b"caf\xe9")
+    odd = write_fasta(folder / "a.fasta", "MKV")
+    (inbox / "link.fasta").symlink_to(Path("/nowhere") / odd.name / folder.name)
+    found = find_inputs(inbox, [])
+    good = write_fasta(inbox / "good.fasta", "MKVLAT")
+    files = register(*found, good)
+    assert [Path(file["path"]).name for file in files] == ["a.fasta", "link.fasta", "good.fasta"]
+    assert "name is not UTF-8" in files[0]["refused"]
+    assert "caf\\udce9" in files[0]["refused"]
+    assert "leads out of" in files[1]["refused"]
+    json.dumps(files, ensure_ascii=False).encode()
+    assert files[2]["job"] is not None
 
 
 def test_named_files_are_taken_once_and_from_the_inbox(inbox: Path) -> None:
@@ -266,6 +318,14 @@ def test_registering_twice_finds_the_job_and_force_begins_a_generation(ledger: E
     assert in_transaction(ledger, queries.get_job, first[0]["job"]).generation == 2
 
 
+def test_a_run_that_forces_a_new_file_computes_it_once(ledger: Engine, inbox: Path) -> None:
+    """Its task may be tried again after the commit, and an equal file may lie beside it."""
+    file, equal = (write_fasta(inbox / name, "MKVLAT", "MKW") for name in ("a.fasta", "equal.fasta"))
+    [first] = register(file, force=True)
+    assert [one["job"] for one in register(file, equal, force=True)] == [first["job"]] * 2
+    assert in_transaction(ledger, queries.get_job, first["job"]).generation == 1
+
+
 def test_submission_says_who_asked_and_for_what(ledger: Engine, inbox: Path) -> None:
     file = write_fasta(inbox / "reads.fasta", "MKVLAT")
     (inbox / "reads_DNABERT_S.pt").write_bytes(b"nucleotides")
@@ -274,6 +334,26 @@ def test_submission_says_who_asked_and_for_what(ledger: Engine, inbox: Path) -> 
     assert submission.nucleotide_path == str(inbox / "reads_DNABERT_S.pt")
     assert (submission.label, submission.max_failed_share) == ("viral", 0.5)
     assert submission.requested_by == "virnucpro_ingest test"
+
+
+def test_a_path_is_refused_if_it_is_longer_than_the_ledger_holds(ledger: Engine, inbox: Path) -> None:
+    # Nothing that could be compressed.
+    deep = inbox.joinpath(*(hashlib.shake_256(bytes([k])).hexdigest(80) for k in range(7)))
+    too_long = write_fasta(deep / ("x" * 200) / "a.fasta", "MKV")
+    room = PATH_BYTES - len(f"{deep}/_DNABERT_S.pt")
+    longest = write_fasta(deep / f"{'x' * room}.fasta", "MKVLAT")
+    (deep / f"{longest.stem}_DNABERT_S.pt").write_bytes(b"nucleotides")
+    refused, registered = register(too_long, longest)
+    assert f"longer than {PATH_BYTES} bytes [{too_long}]" in refused["refused"]
+    [submission] = in_transaction(ledger, queries.submissions_of, registered["job"])
+    assert len(submission.nucleotide_path) == PATH_BYTES
+
+
+def test_nucleotides_that_a_link_does_not_lead_to_are_missed(ledger: Engine, inbox: Path) -> None:
+    file = write_fasta(inbox / "reads.fasta", "MKVLAT")
+    (beside := inbox / "reads_DNABERT_S.pt").symlink_to(inbox / "nowhere.pt")
+    with pytest.raises(InputError, match=rf"nucleotide file cannot be read: No such file.*{beside}"):
+        register(file)
 
 
 def test_equal_stems_are_different_jobs(ledger: Engine, inbox: Path) -> None:
@@ -329,6 +409,27 @@ def test_asset_event_carries_rows_and_checksum(ledger: Engine, inbox: Path) -> N
     assert job["folder"].startswith("results/a-")
 
 
+def test_a_file_stays_accepted_while_its_job_is_validated_again_for_an_equal_one(
+    ledger: Engine, inbox: Path
+) -> None:
+    first = register(write_fasta(inbox / "a.fasta", "MKVLAT"))
+    finish(ledger, first[0]["job"])
+    second = register(write_fasta(inbox / "equal.fasta", "MKVLAT"))
+    assert second[0]["job"] == first[0]["job"]
+    [told], extra = report(first)
+    assert (told["fault"], extra) == ("", {"files": [told]})
+    with pytest.raises(JobError, match="job 1 running"):
+        report(second)
+
+
+def test_a_file_is_not_accepted_while_its_job_is_computed_anew(ledger: Engine, inbox: Path) -> None:
+    files = register(file := write_fasta(inbox / "a.fasta", "MKVLAT"))
+    finish(ledger, files[0]["job"])
+    register(file, force=True)
+    with pytest.raises(JobError, match="job 1 running"):
+        report(files)
+
+
 def test_a_file_that_its_job_was_not_asked_for_is_named(ledger: Engine, inbox: Path) -> None:
     [file] = register(write_fasta(inbox / "a.fasta", "MKVLAT"))
     with pytest.raises(JobError, match=r"was not asked for this file.*/else\.fasta"):
@@ -380,6 +481,7 @@ def test_summary_says_why_though_the_files_own_tasks_left_no_report(ledger: Engi
     with pytest.raises(InputError):
         register(refused, results=results)
     for file, sequences in ((failed, ["MKV"]), (faulty, ["MKW", "MKA"]), (odd, ["MKL"])):
+        results.index += 1
         registered = register(write_fasta(file, *sequences))
         results.xcom_push("return_value", registered)
         job = registered[0]["job"]
@@ -399,3 +501,38 @@ def test_summary_says_why_though_the_files_own_tasks_left_no_report(ledger: Engi
     assert "1 of 2 records failed, more than" in said[str(faulty)]
     assert said[str(odd)] == "it did not get through its stages: see its failed task; its job succeeded"
     assert said[str(unknown)] == "it did not get through its stages: see its failed task"
+
+
+def test_summary_does_not_believe_what_was_reported_before_a_clear(ledger: Engine, inbox: Path) -> None:
+    results = Results()
+    file = write_fasta(inbox / "a.fasta", "MKVLAT")
+    register_and_report(results, ledger, file)
+    summarize(results, file)
+    write_fasta(file)
+    with pytest.raises(InputError):
+        register(file, results=results)
+    del results.kept["register", "return_value", 0]
+    results.states["report_0"] = "upstream_failed"
+    with pytest.raises(JobError, match="the file is empty"):
+        summarize(results, file)
+
+
+def test_summary_forgets_a_file_that_has_left_the_inbox(ledger: Engine, inbox: Path) -> None:
+    """`find_files` was cleared: the tasks of the last place are removed, what they left is still there."""
+    results = Results()
+    stays, bad, left = (inbox / f"{name}.fasta" for name in "abc")
+    register_and_report(results, ledger, write_fasta(stays, "MKVLAT"))
+    results.index = 1
+    with pytest.raises(InputError):
+        register(write_fasta(bad), results=results)
+    results.index = 2
+    register_and_report(results, ledger, write_fasta(left, "MKW"))
+    results.states["report_2"] = "removed"
+    with capture_logs() as lines:
+        summarize(results, stays)
+    assert "1 of 1 files are accepted" in lines[-1]["event"]
+
+
+def test_summary_says_so_if_nobody_could_look_for_files() -> None:
+    with pytest.raises(JobError, match=r"could not look for its files \[find_files\]"):
+        ingest.summary.function(None, params=FORM, run_id="test", ti=Results())

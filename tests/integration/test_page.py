@@ -191,6 +191,23 @@ def test_failures_come_by_reason_page_by_page_and_as_csv(
     assert f'href="{page}/failures.csv?reason=empty"' in viewer.get(f"{page}/failures?reason=empty").text
 
 
+def test_an_id_as_long_as_a_file_is_cut_on_the_page_and_whole_in_the_csv(
+    ledger: Engine, visit: Visit
+) -> None:
+    """What has lost its line ends is one header."""
+    job = enter_job(ledger)
+    run_job(ledger, job, failures=2)
+    with ledger.begin() as tx:
+        tx.execute(
+            text("UPDATE failures SET record_id = repeat('x', 1000000), detail = repeat('y', 1000000)")
+        )
+    viewer = visit("viewer")
+    page = viewer.get(f"/virnucpro/jobs/{job}/failures")
+    assert len(page.content) < 20_000
+    assert "x" * 900 in page.text
+    assert "x" * 1_000_000 in viewer.get(f"/virnucpro/jobs/{job}/failures.csv").text
+
+
 def test_jobs_are_found_by_file_and_state(
     ledger: Engine, visit: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:

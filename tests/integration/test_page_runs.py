@@ -116,7 +116,7 @@ def test_an_empty_inbox_is_told_from_one_that_was_not_looked_at(
     assert ("has not looked for its files yet" in html, seconds) == (True, 2)
     tell("find_files", returned=[])
     html, _, seconds = read_tab(visit, run_id)
-    assert ("the inbox was empty" in html, seconds) == (True, 10)
+    assert ("found no FASTA file in the inbox" in html, seconds) == (True, 10)
 
 
 def test_an_inbox_that_could_not_be_looked_at_is_told(

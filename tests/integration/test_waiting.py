@@ -6,7 +6,9 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -271,6 +273,28 @@ def test_mark_failed_leaves_the_wait_of_another_run(
     asyncio.run(killed.on_kill())
     assert waiters(ledger) == [(job, other.token)]
     assert in_transaction(ledger, queries.get_job, job).state == "running"
+
+
+def test_a_wait_that_is_killed_again_while_many_are_is_struck_off_all_the_same(ledger: Engine) -> None:
+    """Airflow cancels a trigger once more in each second that it takes to end, and there are few threads."""
+    job = enter_job(ledger)
+    trigger = defer(make_wait(job), attempt())
+
+    async def kill_twice() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        others_are_done = Event()
+        others = loop.run_in_executor(None, others_are_done.wait)
+        killed = asyncio.create_task(trigger.on_kill())
+        await asyncio.sleep(0)  # it has begun
+        killed.cancel()
+        await asyncio.wait([killed])
+        others_are_done.set()
+        await others
+        await loop.run_in_executor(None, lambda: None)  # comes after all that the one thread has to do
+
+    asyncio.run(kill_twice())
+    assert waiters(ledger) == []
 
 
 def test_clearing_a_finished_stage_recomputes_nothing(ledger: Engine) -> None:

@@ -111,8 +111,10 @@ def register(
     job_id = tx.execute(
         # A conflict uses up a job's number: people would look for the jobs between, so it is the exception.
         text("""
-            INSERT INTO jobs (input_sha256, recipe_sha256, recipe, model, stage, chunks_total, chunks_left, records)
-            SELECT :input, :recipe_sha256, CAST(:recipe AS jsonb), :model, :stage, :chunks, :chunks, :records
+            INSERT INTO jobs (input_sha256, recipe_sha256, recipe, model, stage, chunks_total, chunks_left, records,
+                              forced_by)
+            SELECT :input, :recipe_sha256, CAST(:recipe AS jsonb), :model, :stage, :chunks, :chunks, :records,
+                   :forced_by
              WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE input_sha256 = :input AND recipe_sha256 = :recipe_sha256)
             ON CONFLICT (input_sha256, recipe_sha256) DO NOTHING
             RETURNING id
@@ -125,6 +127,7 @@ def register(
             "stage": EXTRACT,
             "chunks": len(scanned.chunks),
             "records": scanned.records,
+            "forced_by": forced_by if force else None,
         },
     ).scalar_one_or_none()
     created = job_id is not None

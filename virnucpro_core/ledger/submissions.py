@@ -25,6 +25,9 @@ COMPRESSION_SUFFIXES = (".gz", ".bgz", ".zst")
 FASTA_SUFFIXES = (".fasta", ".faa", ".fa", ".fas")
 NUCLEOTIDE_ENDING = "_DNABERT_S.pt"
 
+PATH_BYTES = 1300
+"""Bytes of a path at most: two of them are one entry of an index, for which PostgreSQL has 2704."""
+
 STEM_BYTES = 200
 """Bytes of a stem at most: a file's name may have 255, and a result's names add up to 40 to the stem."""
 
@@ -72,14 +75,14 @@ def cut_suffix(name: str, suffixes: tuple[str, ...]) -> str:
 
 
 def find_nucleotides(path: Path) -> Path | None:
-    """The nucleotide file that lies beside a FASTA file: `<stem>_DNABERT_S.pt`, if there is one.
+    """The nucleotide file that lies beside a FASTA file: `<stem>_DNABERT_S.pt`, or a link, also to one that is away.
 
     Raises:
         InputError: their folder cannot be searched.
     """
     beside = path.parent / f"{name_stem(path)}{NUCLEOTIDE_ENDING}"
     try:
-        return beside if beside.exists() else None
+        return beside if beside.exists() or beside.is_symlink() else None
     except OSError as error:
         raise InputError(
             f"the file's folder cannot be searched: {error.strerror}",
@@ -179,14 +182,20 @@ def check_name(path: Path) -> str:
     """The path as text that the ledger can hold.
 
     Raises:
-        InputError: the path is not UTF-8.
+        InputError: the path is not UTF-8, or too long.
     """
     try:
-        str(path).encode()
+        length = len(str(path).encode())
     except UnicodeEncodeError as error:
         raise InputError(
             "a file's name is not UTF-8", where=repr(str(path)), todo="Rename the file or its folder."
         ) from error
+    if length > PATH_BYTES:
+        raise InputError(
+            f"a file's path is longer than {PATH_BYTES} bytes",
+            where=str(path),
+            todo="Move it to a higher folder.",
+        )
     return str(path)
 
 
