@@ -29,7 +29,8 @@ time.sleep(600)
 """
 PRINTER = """
 import os, time
-print(os.environ["TOLD"], os.environ.get("VIRNUCPRO_DATABASE_URL"), flush=True)
+others = [value for value in os.environ.values() if "somebody:secret" in value]
+print(os.environ["TOLD"], others, flush=True)
 time.sleep(600)
 """
 NEEDY = """
@@ -70,10 +71,13 @@ def test_a_program_gets_its_environment_and_no_setting_of_ours(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VIRNUCPRO_DATABASE_URL", "postgresql://somebody:secret@elsewhere/ledger")
+    monkeypatch.setenv(
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", "postgresql://somebody:secret@elsewhere/airflow"
+    )
     awkward = "100%, it's a=b; back\\slash"
     launch(supervisor, python("printer", PRINTER, environment={"TOLD": awkward}))
     log = supervisor.log_of("printer")
-    eventually(lambda: log.exists() and log.read_text() == f"{awkward} None\n")
+    eventually(lambda: log.exists() and log.read_text() == f"{awkward} []\n")
 
 
 def test_what_the_configuration_cannot_hold_is_refused(supervisor: Supervisor) -> None:

@@ -16,6 +16,7 @@ from typing import Self
 
 from virnucpro_core.errors import ServiceError
 from virnucpro_core.features.files import new_file
+from virnucpro_core.settings import PREFIX
 
 LOOPBACK = "127.0.0.1"
 SECRET_BYTES = 48  # 64 characters, what the signatures of Airflow's tokens want
@@ -27,6 +28,7 @@ RUN_UNLESS_ORPHANED = (
     f'test "$PPID" = "$1" || test "$PPID" = "${SUPERVISORD_PID}" || '
     '{ echo "not started: its parent has died" >&2; exit 1; }; shift; exec "$@"'
 )
+SETTINGS = (PREFIX, "AIRFLOW__")  # how they begin; those of Airflow may be meant for one of the user's own
 STOP_SECONDS = 30.0  # after the stop signal, before SIGKILL
 POLL_SECONDS = 0.2
 
@@ -94,6 +96,17 @@ class Secrets:
         """Keep a secret made elsewhere (a URL with a password in it)."""
         write_private(self.folder / name, text)
         return self.folder / name
+
+
+def inherited_environment() -> dict[str, str]:
+    """This process's environment for the stack's programs: without settings, which each is given its own of.
+
+    Where it names a proxy, they reach each other without it.
+    """
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    direct = f"{named},{LOOPBACK}" if named else LOOPBACK
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
+    return kept | {"no_proxy": direct, "NO_PROXY": direct}
 
 
 def tied_to_parent(argv: Sequence[str], stop_signal: signal.Signals = signal.SIGTERM) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import signal
 import subprocess
@@ -23,11 +22,11 @@ import structlog
 from supervisor.xmlrpc import SupervisorTransport
 
 from virnucpro_core.errors import ServiceError, SettingsError
-from virnucpro_core.settings import PREFIX
 from virnucpro_core.stack.description import SOCKET
 from virnucpro_core.stack.processes import (
     POLL_SECONDS,
     SUPERVISORD_PID,
+    inherited_environment,
     read_tail,
     tied_to_parent,
     wait_until,
@@ -110,8 +109,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # Programs get the settings that they are given, not also those of whoever started the stack.
-                env={name: value for name, value in os.environ.items() if not name.startswith(PREFIX)},
+                env=inherited_environment(),
                 start_new_session=True,  # a terminal's Ctrl-C is for us alone: we stop it in order
             )
         wait_until(
