@@ -129,6 +129,37 @@ def test_shutdown_leaves_no_process(supervisor: Supervisor) -> None:
     assert not supervisor.is_running()
 
 
+def test_one_that_is_ending_is_waited_for(supervisor: Supervisor) -> None:
+    """Whoever told it to was interrupted: until it is gone nothing else starts there, nor is it said to be gone."""
+    launch(supervisor, python("deaf", DEAF, stop_seconds=2))
+    eventually(lambda: supervisor.log_of("deaf").exists() and "deaf" in supervisor.log_of("deaf").read_text())
+    deaf = psutil.Process(supervisor.pid("deaf"))
+    supervisord = deaf.parent()
+    assert supervisord is not None
+    supervisord.terminate()
+    log = supervisor.log_of("supervisord")
+    eventually(lambda: "waiting for deaf to die" in log.read_text())
+    assert supervisor.is_running()
+    supervisor.shutdown()
+    assert not is_alive(deaf)
+    assert not supervisor.is_running()
+
+
+def test_a_launch_that_is_interrupted_leaves_no_process(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr(supervisor, "is_running", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            supervisor.launch([], working_folder=supervisor.folder, detached=True)
+    assert supervisor.process is not None
+    assert supervisor.process.poll() is not None
+    assert not supervisor.is_running()
+
+
 def test_the_socket_is_private(supervisor: Supervisor) -> None:
     launch(supervisor)
     assert supervisor.socket.stat().st_mode & 0o077 == 0

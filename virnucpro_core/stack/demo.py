@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from virnucpro_core.roots import resolve_below
 from virnucpro_core.settings import Settings, load_settings
 from virnucpro_core.stack.airflow import ask, log_in
 from virnucpro_core.stack.description import STATE_FOLDER, Description, read_description
-from virnucpro_core.stack.processes import Secrets
+from virnucpro_core.stack.processes import Secrets, interrupted_by_signals
 from virnucpro_core.stack.stack import Stack
 
 DAG = "virnucpro_ingest"
@@ -68,7 +67,7 @@ def run_demo(fasta: Path, *, state_folder: Path = STATE_FOLDER, console: Console
             style="bold yellow",
         )
     )
-    with interrupted_by_sigterm(), running_stack(settings, state_folder, console) as description:
+    with interrupted_by_signals(), running_stack(settings, state_folder, console) as description:
         resolve_below(fasta, load_settings().input_folders)
         ledger = open_ledger(load_settings().database_url_for("owner"))
         try:
@@ -91,20 +90,10 @@ def read_also(settings: Settings, file: Path) -> Settings:
 
 
 @contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM (as `make` sends it when it is stopped) unwinds like Ctrl-C, so that everything is stopped."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-@contextmanager
 def running_stack(settings: Settings, state_folder: Path, console: Console) -> Iterator[Description]:
     """The stack of a state folder, whose settings become this process's; started and stopped if need be."""
     stack = Stack(settings, state_folder)
-    description = read_description(state_folder) if stack.status() else None
+    description = read_description(state_folder)
     is_ours = description is None
     if description is None:
         with console.status("starting") as status:

@@ -9,7 +9,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -121,6 +122,23 @@ def tied_to_parent(argv: Sequence[str], stop_signal: signal.Signals = signal.SIG
 def die_with_parent() -> None:
     """Have the kernel kill this process as soon as its parent ends, however it ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """SIGTERM (as `make` sends it when it is stopped) and SIGHUP (its terminal is closed) unwind like Ctrl-C.
+
+    So everything is stopped. A signal that is ignored, as by `nohup`, stays so.
+    """
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in previous.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def read_tail(log: Path, lines: int = 20) -> str:
