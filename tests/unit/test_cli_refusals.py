@@ -99,6 +99,21 @@ def test_url_that_cannot_be_read_is_refused_and_not_shown(
     assert "hidden" not in ended.err
 
 
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("postgresql://me:hidden@127.0.0.1:1/db?unknown=1", 'invalid connection option "unknown"'),
+        ("postgresql://me@127.0.0.1:1/db?password=hidden", "Connection refused"),
+    ],
+)
+def test_url_that_leads_nowhere_is_shown_without_its_password(
+    url: str, said: str, virnucpro: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIRNUCPRO_DAG_DATABASE_URL", url)
+    ended = virnucpro("status")
+    assert (ended.code, said in ended.err, "hidden" in ended.err) == (5, True, False), ended.err
+
+
 @pytest.mark.parametrize("url", ["hidden", "redis://:hidden@host:port/0", "redis://:hid/den@host/0"])
 def test_broker_url_that_cannot_be_read_is_refused_and_not_shown(url: str) -> None:
     with pytest.raises(SettingsError, match="broker's URL cannot be read") as refused:

@@ -62,7 +62,7 @@ def open_ledger(url: str) -> Engine:
     )
 
 
-def read_url(url: str) -> URL:
+def read_url(url: str | URL) -> URL:
     try:
         found = make_url(url)
     except (ArgumentError, ValueError):
@@ -77,8 +77,9 @@ def read_url(url: str) -> URL:
     return found
 
 
-def hide_password(url: str) -> str:
-    return read_url(url).render_as_string(hide_password=True)
+def hide_password(url: str | URL) -> str:
+    """What people are shown of a URL: not its options either, of which one may be a password, too."""
+    return read_url(url).set(query={}).render_as_string(hide_password=True)
 
 
 def in_transaction(
@@ -119,7 +120,7 @@ def is_conflict(error: BaseException) -> bool:
 
 def explain(error: DBAPIError, ledger: Engine) -> ServiceError | None:
     """What an operator should read instead of a driver's message; None if it is our own bug."""
-    where = ledger.url.render_as_string(hide_password=True)
+    where = hide_password(ledger.url)
     said = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
     if isinstance(error, ProgrammingError) and sqlstate(error) == UNDEFINED_TABLE:
         return ServiceError(
@@ -135,7 +136,10 @@ def explain(error: DBAPIError, ledger: Engine) -> ServiceError | None:
             where=where,
             todo="Look for a process that was stopped, or for what it waited for.",
         )
-    if not (isinstance(error, OperationalError) or error.connection_invalidated):
+    is_option = (
+        isinstance(error, ProgrammingError) and error.statement is None
+    )  # of the URL: nothing was asked yet
+    if not (isinstance(error, OperationalError) or error.connection_invalidated or is_option):
         return None
     if sqlstate(error) == INVALID_PASSWORD or "password authentication failed" in said:
         return ServiceError(
@@ -185,6 +189,6 @@ def check_migrated(ledger: Engine) -> None:
     if current != head:
         raise ServiceError(
             f"the ledger's schema is at revision {current or 'none'}, this code needs {head}",
-            where=ledger.url.render_as_string(hide_password=True),
+            where=hide_password(ledger.url),
             todo="Run `virnucpro db upgrade`, or install the version that matches the schema.",
         )
