@@ -83,6 +83,17 @@ def test_folder_of_somebody_else_is_named(virnucpro: Command, monkeypatch: pytes
     assert ".virnucpro" in ended.err
 
 
+@pytest.mark.parametrize("place", [".virnucpro", "output", "models/below"])
+def test_file_in_place_of_a_folder_is_named(
+    place: str, virnucpro: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(place.split("/")[0]).touch()
+    monkeypatch.setenv("VIRNUCPRO_MODEL_ROOT", "models/below")
+    ended = virnucpro("up", "--gpus", "none")
+    assert (ended.code, len(ended.err.splitlines())) == (6, 3), ended.err
+    assert place in ended.err
+
+
 def test_current_folder_that_is_gone_is_said(virnucpro: Command) -> None:
     Path.cwd().rmdir()
     ended = virnucpro("status")
