@@ -65,9 +65,10 @@ class SecretFileSource(PydanticBaseSettingsSource):
             return None, field_name, False
         try:
             return Path(file_name).read_text().strip(), field_name, False
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no text"
             raise SettingsError(
-                f"the secret {field_name} could not be read: {error.strerror}",
+                f"the secret {field_name} could not be read: {why}",
                 where=file_name,
                 todo=f"Correct {PREFIX}{field_name.upper()}_FILE or the file's permissions.",
             ) from error

@@ -43,6 +43,13 @@ def test_a_secrets_file_that_cannot_be_read_is_named(
     assert caught.value.where == str(tmp_path / "missing")
 
 
+def test_a_secrets_file_that_is_no_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret").write_bytes(b"\xff\xfep\x00")
+    monkeypatch.setenv("VIRNUCPRO_BROKER_URL_FILE", str(tmp_path / "secret"))
+    with pytest.raises(SettingsError, match="broker_url could not be read: it is no text"):
+        Settings()
+
+
 @pytest.mark.parametrize(
     "url", ["mysql://me:hidden@host/base", "host=db password=hidden", "postgresql:/me:hidden@host"]
 )
