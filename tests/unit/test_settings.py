@@ -108,6 +108,18 @@ def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     load_settings.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "name", ["LATE_HOURS", "KEEP_CHUNKS_DAYS", "LEASE_SECONDS", "STUCK_SECONDS", "REPUBLISH_SECONDS"]
+)
+def test_a_time_without_end_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The relay would fail of it, or the DAG, long after it was set."""
+    monkeypatch.setenv(f"VIRNUCPRO_{name}", "inf")
+    load_settings.cache_clear()
+    with pytest.raises(SettingsError, match=f"VIRNUCPRO_{name}: .*less than or equal"):
+        load_settings()
+    load_settings.cache_clear()
+
+
 @pytest.mark.parametrize(("lease", "heartbeat"), [("2", None), ("60", "60")])
 def test_a_lease_that_no_heartbeat_keeps_alive_is_refused(
     lease: str, heartbeat: str | None, monkeypatch: pytest.MonkeyPatch
