@@ -74,7 +74,7 @@ def run_demo(fasta: Path, *, state_folder: Path = STATE_FOLDER, console: Console
             in_transaction(ledger, register_checkpoint, MODEL, checkpoint, load_settings().model_root)
             password = Secrets(state_folder / "secrets").read("airflow-admin")
             started = time.time()
-            with log_in(description.urls["Airflow"], password) as airflow:
+            with answering_airflow(state_folder), log_in(description.urls["Airflow"], password) as airflow:
                 run = trigger(airflow, fasta.absolute())
                 state = follow(airflow, run, ledger, sha256, console)
                 if state == "failed":
@@ -106,6 +106,23 @@ def running_stack(settings: Settings, state_folder: Path, console: Console) -> I
         if is_ours:
             with console.status("stopping"):
                 stack.stop()
+
+
+@contextmanager
+def answering_airflow(state_folder: Path) -> Iterator[None]:
+    """Airflow's silence is an error in words: its API server may be short of memory, or of time.
+
+    Raises:
+        ServiceError: it does not answer.
+    """
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise ServiceError(
+            f"Airflow does not answer: {error}",
+            where=str(state_folder / "logs" / "api-server.log"),
+            todo="Read its log, and run this again: it goes on with what is not done yet.",
+        ) from error
 
 
 def trigger(airflow: httpx.Client, fasta: Path) -> str:
