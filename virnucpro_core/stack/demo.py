@@ -246,7 +246,9 @@ def summarise(
         )
     console.print(f"job {job.id}: {job.state}; DAG run: {run_state}")
     if job.state != "succeeded":
-        console.print(f"[bold red]{job.error or 'no error is recorded'}[/]")
+        # Markup is what looks like it: an error ends in [/the/file/that/it/is/about].
+        why = job.error or "no error is recorded"
+        console.print(why, style="bold red", markup=False, highlight=False, soft_wrap=True)
         return 1
     submission = in_transaction(ledger, find_submission, job.id, str(fasta))
     folder = load_settings().output_root / submission.folder(job.input_sha256, job.recipe_sha256)
