@@ -37,10 +37,11 @@ POLL_SECONDS = 0.2
 def choose_port(preferred: int | None = None) -> int:
     """A loopback TCP port nobody listens on: `preferred` where it is free, else any.
 
-    As long as this process lives, nobody else who asks for any port gets this one: a server takes its time to listen.
+    As long as this process lives, nobody else who asks here for that port, or for any, gets this one: a server takes
+    its time to listen.
     """
     for port in (preferred, 0):
-        if port is None:
+        if port is None or not (port == 0 or claim_port(port)):
             continue
         with socket.socket() as probe:
             # Servers set it too: without it, connections in TIME_WAIT of a stack just stopped would count.
@@ -55,6 +56,19 @@ def choose_port(preferred: int | None = None) -> int:
             probe.detach()
             return chosen
     raise ServiceError("no TCP port is free on the loopback interface", todo="Stop what holds them.")
+
+
+def claim_port(port: int) -> bool:
+    """Keep other stacks that start now from this port; False if one of them has it."""
+    with socket.socket(socket.AF_UNIX) as claim:
+        try:
+            claim.bind(
+                f"\0virnucpro-port-{port}"
+            )  # a name without a file, which the kernel drops with this process
+        except OSError:
+            return False
+        claim.detach()
+        return True
 
 
 def write_private(path: Path, text: str) -> None:
