@@ -88,6 +88,17 @@ def test_the_broker_wants_its_password(valkey_server: ValkeyServer, broker_url: 
         redis.Redis(port=valkey_server.port).ping()
 
 
+def test_the_broker_reads_its_configuration_from_a_folder_of_any_name(tmp_path: Path) -> None:
+    """Without one it would listen everywhere, without a password."""
+    folder = tmp_path / "a [1] b\\n*"
+    server = ValkeyServer(folder, choose_port(), Secrets(tmp_path / "secrets"))
+    server.prepare()
+    with server.process(tmp_path / "log") as process:
+        process.start(server.is_ready)
+        with redis.Redis.from_url(server.url()) as client:
+            assert client.config_get("dir") == {"dir": str(folder)}
+
+
 def test_servers_listen_on_loopback_alone(postgres: PostgresServer, valkey_server: ValkeyServer) -> None:
     listening = {
         connection.laddr.port: connection.laddr.ip

@@ -80,6 +80,18 @@ def test_a_program_gets_its_environment_and_no_setting_of_ours(
     eventually(lambda: log.exists() and log.read_text() == f"{awkward} []\n")
 
 
+def test_a_folders_name_may_hold_what_supervisord_expands(tmp_path: Path) -> None:
+    folder = tmp_path / "100%_of it"
+    folder.mkdir()
+    supervisor = Supervisor(folder)
+    try:
+        launch(supervisor, python("printer", PRINTER, environment={"TOLD": "told"}))
+        log = folder / "logs" / "printer.log"
+        eventually(lambda: log.exists() and log.read_text() == "told []\n")
+    finally:
+        supervisor.shutdown()
+
+
 def test_what_the_configuration_cannot_hold_is_refused(supervisor: Supervisor) -> None:
     program = python("printer", PRINTER, environment={"TOLD": "folder #2"})
     with pytest.raises(SettingsError, match="folder #2"):

@@ -174,9 +174,9 @@ def explain(error: DBAPIError, ledger: Engine) -> ServiceError | None:
 
 def alembic_config(url: str) -> Config:
     config = Config()
-    config.set_main_option("script_location", str(resources.files("migrations")))
-    # ConfigParser would read a password's per cent sign as an interpolation
-    config.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
+    for name, value in (("script_location", str(resources.files("migrations"))), ("sqlalchemy.url", url)):
+        # ConfigParser would read a folder's or a password's per cent sign as an interpolation
+        config.set_main_option(name, value.replace("%", "%%"))
     return config
 
 

@@ -227,7 +227,7 @@ class Supervisor:
             "pidfile": escape(str(self.folder / "supervisord.pid")),
             "childlogdir": escape(str(self.folder / "logs")),
             "umask": "027",
-            "environment": escape(f"PYTHONPATH={quote(str(working_folder))}"),
+            "environment": escape(escape(f"PYTHONPATH={quote(str(working_folder))}")),  # it is expanded twice
         }
         for program in programs:
             pairs = [f"{name}={quote(value)}" for name, value in program.environment.items()]
@@ -244,7 +244,7 @@ class Supervisor:
                 "stopasgroup": str(program.signal_children).lower(),
                 "killasgroup": "true",
                 "redirect_stderr": "true",
-                "stdout_logfile": escape(str(self.log_of(program.name))),
+                "stdout_logfile": escape(escape(str(self.log_of(program.name)))),  # so is this
                 "stdout_logfile_maxbytes": "20MB",
                 "stdout_logfile_backups": "2",
             }
