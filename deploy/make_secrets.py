@@ -95,7 +95,7 @@ def make_secrets(folder: Path, user: tuple[int, int], rotate: list[str]) -> list
     due = {file for group in groups for file in PASSWORDS[group]}
     written = []
     for name, make in make_contents(lambda name: (folder / name).read_text()).items():
-        there = (folder / name).exists()
+        there = (folder / name).exists() and (folder / name).stat().st_size > 0  # else its disk was full
         if name in due or not there:
             old = f",{(folder / name).read_text()}" if there and name == FERNET else ""
             write_private(folder / name, make() + old, user)

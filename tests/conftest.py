@@ -212,7 +212,12 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
         notifier_options={"path": str(folder / "told"), "text": "{{ run_id }} {{ what }}"},
     )
     stack = Stack(settings, folder / "state", gpus="none", fixed_ports=False)
-    description = stack.start()
+    with pytest.MonkeyPatch.context() as environment:  # what whoever starts it needs for other programs
+        for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+            environment.setenv(name, f"http://127.0.0.1:{choose_port()}")
+        environment.setenv("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", f"sqlite:///{folder}/others.db")
+        description = stack.start()
+    assert not (folder / "others.db").exists()
     try:
         yield RunningStack(stack, description, settings)
     finally:

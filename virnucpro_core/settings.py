@@ -22,6 +22,10 @@ from virnucpro_core.sizes import CHUNK_TOKENS, EXPORT_ROWS, MAX_EXPANSION
 
 PREFIX = "VIRNUCPRO_"
 
+YEAR = 365 * 24 * 3600
+"""In seconds: as good as for ever. PostgreSQL and Airflow refuse what is beyond their own bounds, `inf` above all, and
+the relay would die of it with each look."""
+
 DatabaseRole = Literal["owner", "dag", "worker"]
 
 
@@ -65,9 +69,10 @@ class SecretFileSource(PydanticBaseSettingsSource):
             return None, field_name, False
         try:
             return Path(file_name).read_text().strip(), field_name, False
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no text"
             raise SettingsError(
-                f"the secret {field_name} could not be read: {error.strerror}",
+                f"the secret {field_name} could not be read: {why}",
                 where=file_name,
                 todo=f"Correct {PREFIX}{field_name.upper()}_FILE or the file's permissions.",
             ) from error
@@ -129,7 +134,10 @@ class Settings(BaseSettings):
     )
 
     late_hours: float = Field(
-        6.0, gt=0, description="Hours after its logical date that a run is late; somebody is told."
+        6.0,
+        gt=0,
+        le=YEAR // 3600,
+        description="Hours after its logical date that a run is late; somebody is told.",
     )
     notifier: str | None = Field(
         None,
@@ -154,10 +162,12 @@ class Settings(BaseSettings):
         EXPORT_ROWS, ge=1, description="Rows in one .pt file; larger results come in numbered shards."
     )
     keep_chunks_days: float = Field(
-        7.0, ge=0, description="Days that chunk artifacts are kept after a job succeeded."
+        7.0, ge=0, le=36_500, description="Days that chunk artifacts are kept after a job succeeded."
     )
 
-    lease_seconds: float = Field(15.0, gt=0, description="A worker silent for longer loses its chunk.")
+    lease_seconds: float = Field(
+        15.0, gt=0, le=YEAR, description="A worker silent for longer loses its chunk."
+    )
     heartbeat_seconds: float = Field(
         3.0,
         gt=0,
@@ -165,7 +175,7 @@ class Settings(BaseSettings):
         description="Time between a worker's heartbeats; less than the lease, which several should fit into.",
     )
     stuck_seconds: float = Field(
-        600.0, gt=0, description="A worker whose progress stands still for longer is stuck."
+        600.0, gt=0, le=YEAR, description="A worker whose progress stands still for longer is stuck."
     )
     max_attempts: int = Field(
         4,
@@ -176,7 +186,7 @@ class Settings(BaseSettings):
         2, ge=1, description="Messages kept published for each live worker of a queue."
     )
     republish_seconds: float = Field(
-        20.0, gt=0, description="A published message that nobody claimed for longer is sent again."
+        20.0, gt=0, le=YEAR, description="A published message that nobody claimed for longer is sent again."
     )
 
     @field_validator("input_roots", mode="before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,10 @@ SOCKET_TIMEOUT = 5.0
 no connection. Above the second within which BRPOP is answered; far below the database's `IDLE_TIMEOUT`, as the
 relay publishes inside a transaction."""
 
+BROKERS_OF_OTHERS = ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL")
+"""Variables that Celery heeds before its configuration. Ours has one broker, and they may be meant for another program:
+nobody's messages are to be mixed with ours."""
+
 TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "workers.transport:Transport"))
 
 
@@ -48,6 +53,8 @@ def configuration(settings: Settings) -> dict[str, Any]:
     Raises:
         SettingsError: if no broker is named.
     """
+    for name in BROKERS_OF_OTHERS:
+        os.environ.pop(name, None)
     return {
         "broker_url": settings.require_broker_url(),
         "broker_connection_retry_on_startup": True,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from configparser import RawConfigParser
 from contextlib import suppress
@@ -19,12 +22,13 @@ from tests.conftest import RunningStack
 from tests.fixtures_airflow import wait_until
 from virnucpro_core.errors import ServiceError
 from virnucpro_core.settings import Settings
-from virnucpro_core.stack.description import use_running_stack
-from virnucpro_core.stack.stack import Stack
+from virnucpro_core.stack.description import STATE_FOLDER, use_running_stack
+from virnucpro_core.stack.stack import Stack, only_starter
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 SECONDS = 120.0  # that an answer may take
+INTERRUPTED = 130  # exit code
 
 
 def family_of(stack: Stack) -> list[psutil.Process]:
@@ -206,19 +210,56 @@ def test_commands_find_it(stack: RunningStack) -> None:
     assert environment["VIRNUCPRO_OUTPUT_ROOT"] == str(stack.settings.output_root)
 
 
-def test_one_that_cannot_start_says_why_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def processes_of(folder: Path) -> list[object]:
+    """Who has a state folder on the command line or works in it: another stack's come and go meanwhile."""
+    return [
+        process.info
+        for process in psutil.process_iter(["cmdline", "cwd"])
+        if str(folder) in " ".join([*(process.info["cmdline"] or []), process.info["cwd"] or ""])
+    ]
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
+    """A stack that cannot start."""
     monkeypatch.setattr("virnucpro_core.stack.valkey.DATABASES", "no number")
     settings = Settings(inbox=tmp_path / "in", output_root=tmp_path / "out", model_root=tmp_path / "models")
-    broken = Stack(settings, tmp_path / "state", gpus="none", fixed_ports=False)
+    return Stack(settings, tmp_path / STATE_FOLDER, gpus="none", fixed_ports=False)
+
+
+def test_one_that_cannot_start_says_why_and_leaves_nothing(broken: Stack) -> None:
     with pytest.raises(ServiceError, match=r"(?s)valkey.*log ends:.*no number"):
         broken.start()
     assert broken.status() == {}
-    # Whoever has its folder on the command line or works in it: another stack's processes come and go meanwhile.
-    left = [
-        process.info
-        for process in psutil.process_iter(["cmdline", "cwd"])
-        if str(broken.folder) in " ".join([*(process.info["cmdline"] or []), process.info["cwd"] or ""])
-    ]
-    assert left == []
+    assert processes_of(broken.folder) == []
+
+
+def interrupt_up(folder: Path, number: signal.Signals) -> int:
+    """Send `virnucpro up` a signal while it waits for the servers; returns its exit code."""
+    command = [sys.executable, "-m", "virnucpro_core.cli", "up", "--gpus", "none"]
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as up:
+        assert up.stderr is not None
+        assert any("servers" in line for line in up.stderr)
+        up.send_signal(number)
+        up.stderr.read()
+    return up.returncode
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_up_that_is_interrupted_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    assert interrupt_up(tmp_path, number) == INTERRUPTED
+    assert processes_of(tmp_path / STATE_FOLDER) == []
+
+
+def test_what_a_killed_up_leaves_does_not_keep_the_next_from_starting(broken: Stack, tmp_path: Path) -> None:
+    assert interrupt_up(tmp_path, signal.SIGKILL) == -signal.SIGKILL
+    assert processes_of(broken.folder) != []
+    with pytest.raises(ServiceError, match=r"(?s)valkey.*log ends:.*no number"):
+        broken.start()
+    assert processes_of(broken.folder) == []
+
+
+def test_two_that_start_at_once_do_not_mix(broken: Stack) -> None:
+    broken.folder.mkdir()
+    with only_starter(broken.folder), pytest.raises(ServiceError, match="being started already"):
+        broken.start()

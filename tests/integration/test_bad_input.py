@@ -243,6 +243,24 @@ def test_database_refuses_the_password(pipeline: Pipeline, virnucpro: Command) -
     assert "refused the password" in stopped.stdout + stopped.stderr
 
 
+def test_role_that_may_not_is_told_so(
+    pipeline: Pipeline,
+    virnucpro: Command,
+    small_fasta: Path,
+    demo_checkpoint: Path,
+    database_urls: dict[str, str],
+) -> None:
+    dag, worker = (os.environ[f"VIRNUCPRO_{role}_DATABASE_URL"] for role in ("DAG", "WORKER"))
+    pipeline.configure(owner_database_url=dag, dag_database_url=worker)
+    for arguments in (
+        ("weights", "add", "other", demo_checkpoint),
+        ("submit", small_fasta, "--model", MODEL),
+    ):
+        assert_one_message(virnucpro(*arguments), 5, "does not let this role", "permission denied for table")
+    pipeline.configure(owner_database_url=database_urls["dag"])
+    assert_one_message(virnucpro("db", "upgrade"), 5, "permission denied for schema", "virnucpro_dag")
+
+
 def test_migrations_have_not_been_applied(
     pipeline: Pipeline, virnucpro: Command, small_fasta: Path, database_urls: dict[str, str]
 ) -> None:

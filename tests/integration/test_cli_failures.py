@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import text
 
 from tests import ledger_jobs
 from virnucpro_core.ledger import queries
@@ -97,3 +98,22 @@ def test_a_slow_reader_of_failures_keeps_no_transaction_open(
     if form:
         rows = csv.DictReader(ended.out.splitlines()) if form == ("--csv",) else json.loads(ended.out)
         assert [int(row["record"]) for row in rows] == list(range(1, 61))
+
+
+READ = text("SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'failures'")
+
+
+def test_a_batch_of_failures_reads_no_more_than_it_returns(pipeline: Pipeline, small_fasta: Path) -> None:
+    """Else a million of them took a minute to list: all were sorted for each batch."""
+    job = pipeline.submit(small_fasta).job_id
+    fill = text("""
+        INSERT INTO failures (job_id, generation, record, record_id, reason, detail)
+        SELECT :job, 1, number, 'r' || number, 'empty', '' FROM generate_series(1, 20000) number
+    """)
+    with pipeline.ledger.begin() as tx:
+        tx.execute(fill, {"job": job})
+        tx.execute(text("ANALYZE failures"))
+    with pipeline.ledger.begin() as tx:
+        found = list(queries.failures_of(tx, job, limit=100, after=10_000))
+        assert [found[0].record, found[-1].record] == [10_001, 10_100]
+        assert tx.execute(READ).scalar_one() <= 200

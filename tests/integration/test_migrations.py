@@ -49,6 +49,13 @@ def test_upgrade_can_be_repeated_and_undone(database_url: str) -> None:
     engine.dispose()
 
 
+def test_folders_and_passwords_may_hold_a_per_cent_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("virnucpro_core.ledger.database.resources.files", lambda _: "/100%_of it/migrations")
+    config = alembic_config("postgresql://me:%40@host/base")
+    found = [config.get_main_option(name) for name in ("script_location", "sqlalchemy.url")]
+    assert found == ["/100%_of it/migrations", "postgresql://me:%40@host/base"]
+
+
 def test_upgrade_does_not_wait_for_a_relay_that_serves(ledger_url: str) -> None:
     engine = create_engine(ledger_url)
     with engine.connect() as relay:

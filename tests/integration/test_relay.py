@@ -99,6 +99,18 @@ def test_only_a_window_is_published(relay: Relay, ledger: Engine, broker: redis.
     assert queued(broker) == 6
 
 
+def test_messages_go_to_our_broker_whatever_variables_name_for_another_program(
+    ledger: Engine, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"):
+        monkeypatch.setenv(name, "memory://another")
+    with make_app(load_settings) as celery:
+        relay = Relay(load_settings(), celery, Event())
+        relay.turn()
+        relay.ledger.dispose()
+    assert queued(broker) == 2
+
+
 def test_claimed_chunk_makes_room_for_another(relay: Relay, ledger: Engine, broker: redis.Redis) -> None:
     relay.turn()
     worker = in_transaction(ledger, ledger_jobs.start_worker)

@@ -19,6 +19,7 @@ import redis
 from sqlalchemy.engine import make_url
 
 from virnucpro_core.errors import ServiceError
+from virnucpro_core.stack.composition import provision
 from virnucpro_core.stack.postgres import LedgerUrls, PostgresServer
 from virnucpro_core.stack.processes import Secrets, choose_port
 from virnucpro_core.stack.supervisor import is_alive
@@ -65,10 +66,37 @@ def test_a_database_that_was_made_and_not_yet_closed_is_closed(postgres: Postgre
         postgres.drop_database("half_made")
 
 
+def test_a_server_without_space_for_the_databases_is_said_in_words(
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_up(*_: object, **__: object) -> None:
+        raise psycopg.errors.DiskFull(
+            "could not extend file: No space left on device\nHINT:  Check free disk space."
+        )
+
+    monkeypatch.setattr(postgres, "create_database", fill_up)
+    with pytest.raises(
+        ServiceError, match="cannot be made: could not extend file: No space left on device"
+    ) as caught:
+        provision(postgres)
+    assert caught.value.where == str(postgres.folder)
+
+
 def test_the_broker_wants_its_password(valkey_server: ValkeyServer, broker_url: str) -> None:
     assert redis.Redis.from_url(broker_url).ping()
     with pytest.raises(redis.AuthenticationError):
         redis.Redis(port=valkey_server.port).ping()
+
+
+def test_the_broker_reads_its_configuration_from_a_folder_of_any_name(tmp_path: Path) -> None:
+    """Without one it would listen everywhere, without a password."""
+    folder = tmp_path / "a [1] b\\n*"
+    server = ValkeyServer(folder, choose_port(), Secrets(tmp_path / "secrets"))
+    server.prepare()
+    with server.process(tmp_path / "log") as process:
+        process.start(server.is_ready)
+        with redis.Redis.from_url(server.url()) as client:
+            assert client.config_get("dir") == {"dir": str(folder)}
 
 
 def test_servers_listen_on_loopback_alone(postgres: PostgresServer, valkey_server: ValkeyServer) -> None:

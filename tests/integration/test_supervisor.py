@@ -29,7 +29,8 @@ time.sleep(600)
 """
 PRINTER = """
 import os, time
-print(os.environ["TOLD"], os.environ.get("VIRNUCPRO_DATABASE_URL"), flush=True)
+others = [value for value in os.environ.values() if "somebody:secret" in value]
+print(os.environ["TOLD"], others, flush=True)
 time.sleep(600)
 """
 NEEDY = """
@@ -70,10 +71,25 @@ def test_a_program_gets_its_environment_and_no_setting_of_ours(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VIRNUCPRO_DATABASE_URL", "postgresql://somebody:secret@elsewhere/ledger")
+    monkeypatch.setenv(
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", "postgresql://somebody:secret@elsewhere/airflow"
+    )
     awkward = "100%, it's a=b; back\\slash"
     launch(supervisor, python("printer", PRINTER, environment={"TOLD": awkward}))
     log = supervisor.log_of("printer")
-    eventually(lambda: log.exists() and log.read_text() == f"{awkward} None\n")
+    eventually(lambda: log.exists() and log.read_text() == f"{awkward} []\n")
+
+
+def test_a_folders_name_may_hold_what_supervisord_expands(tmp_path: Path) -> None:
+    folder = tmp_path / "100%_of it"
+    folder.mkdir()
+    supervisor = Supervisor(folder)
+    try:
+        launch(supervisor, python("printer", PRINTER, environment={"TOLD": "told"}))
+        log = folder / "logs" / "printer.log"
+        eventually(lambda: log.exists() and log.read_text() == "told []\n")
+    finally:
+        supervisor.shutdown()
 
 
 def test_what_the_configuration_cannot_hold_is_refused(supervisor: Supervisor) -> None:
@@ -122,6 +138,37 @@ def test_shutdown_leaves_no_process(supervisor: Supervisor) -> None:
     assert len(family) >= 4  # supervisord, family and its child, deaf
     supervisor.shutdown()
     assert [process for process in family if is_alive(process)] == []
+    assert not supervisor.is_running()
+
+
+def test_one_that_is_ending_is_waited_for(supervisor: Supervisor) -> None:
+    """Whoever told it to was interrupted: until it is gone nothing else starts there, nor is it said to be gone."""
+    launch(supervisor, python("deaf", DEAF, stop_seconds=2))
+    eventually(lambda: supervisor.log_of("deaf").exists() and "deaf" in supervisor.log_of("deaf").read_text())
+    deaf = psutil.Process(supervisor.pid("deaf"))
+    supervisord = deaf.parent()
+    assert supervisord is not None
+    supervisord.terminate()
+    log = supervisor.log_of("supervisord")
+    eventually(lambda: "waiting for deaf to die" in log.read_text())
+    assert supervisor.is_running()
+    supervisor.shutdown()
+    assert not is_alive(deaf)
+    assert not supervisor.is_running()
+
+
+def test_a_launch_that_is_interrupted_leaves_no_process(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr(supervisor, "is_running", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            supervisor.launch([], working_folder=supervisor.folder, detached=True)
+    assert supervisor.process is not None
+    assert supervisor.process.poll() is not None
     assert not supervisor.is_running()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import re
@@ -317,6 +318,17 @@ def test_fetch_refuses_a_branch(virnucpro: Command, monkeypatch: pytest.MonkeyPa
     ended = virnucpro("weights", "fetch", "Synthyra/FastESM2_650", "--revision", "main")
     assert ended.code == 4
     assert "not pinned" in ended.err
+
+
+def test_what_the_hub_says_is_told_once(virnucpro: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 8s")
+        raise OSError("the Hub is out of reach")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    ended = virnucpro("weights", "fetch", "Synthyra/FastESM2_650", "--revision", "0" * 40)
+    assert (ended.code, ended.err.count("Retrying in 8s")) == (4, 1), ended.err
+    assert "the Hub is out of reach" in ended.err
 
 
 def test_selftest_passes_eleven_checks_and_keeps_the_verdict(

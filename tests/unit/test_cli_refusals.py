@@ -83,6 +83,17 @@ def test_folder_of_somebody_else_is_named(virnucpro: Command, monkeypatch: pytes
     assert ".virnucpro" in ended.err
 
 
+@pytest.mark.parametrize("place", [".virnucpro", "output", "models/below"])
+def test_file_in_place_of_a_folder_is_named(
+    place: str, virnucpro: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(place.split("/")[0]).touch()
+    monkeypatch.setenv("VIRNUCPRO_MODEL_ROOT", "models/below")
+    ended = virnucpro("up", "--gpus", "none")
+    assert (ended.code, len(ended.err.splitlines())) == (6, 3), ended.err
+    assert place in ended.err
+
+
 def test_current_folder_that_is_gone_is_said(virnucpro: Command) -> None:
     Path.cwd().rmdir()
     ended = virnucpro("status")
@@ -97,6 +108,21 @@ def test_url_that_cannot_be_read_is_refused_and_not_shown(
     ended = virnucpro("status")
     assert (ended.code, "URL cannot be read" in ended.err) == (2, True)
     assert "hidden" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("postgresql://me:hidden@127.0.0.1:1/db?unknown=1", 'invalid connection option "unknown"'),
+        ("postgresql://me@127.0.0.1:1/db?password=hidden", "Connection refused"),
+    ],
+)
+def test_url_that_leads_nowhere_is_shown_without_its_password(
+    url: str, said: str, virnucpro: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIRNUCPRO_DAG_DATABASE_URL", url)
+    ended = virnucpro("status")
+    assert (ended.code, said in ended.err, "hidden" in ended.err) == (5, True, False), ended.err
 
 
 @pytest.mark.parametrize("url", ["hidden", "redis://:hidden@host:port/0", "redis://:hid/den@host/0"])

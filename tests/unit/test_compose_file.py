@@ -148,6 +148,11 @@ def test_secrets_are_made_once_and_rotated_in_place(
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     before = {path.name: (path.read_text(), path.stat().st_ino) for path in folder.iterdir()}
     assert maker["make_secrets"](folder, user, []) == []
+    # Whoever was stopped by a full disk left a file without a password in it.
+    (folder / "airflow_jwt_key").write_text("")
+    assert maker["make_secrets"](folder, user, []) == ["airflow_jwt_key"]
+    before["airflow_jwt_key"] = ((folder / "airflow_jwt_key").read_text(), before["airflow_jwt_key"][1])
+    assert len(before["airflow_jwt_key"][0]) == 64
 
     assert set(maker["make_secrets"](folder, user, ["worker"])) == {"worker_password", "worker_database_url"}
     after = {path.name: (path.read_text(), path.stat().st_ino) for path in folder.iterdir()}

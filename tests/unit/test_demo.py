@@ -61,6 +61,26 @@ def test_standstill_is_an_error(follow: Follow, seen: SimpleNamespace | None) ->
         follow(seen for _ in range(LOOKS))
 
 
+def test_why_a_job_failed_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = "the input has changed [/in/a.fasta]. Submit it again."
+    monkeypatch.setattr(demo, "find_demo_job", lambda ledger, sha256: job(state="failed", error=why))
+    told = StringIO()
+    code = demo.summarise(None, Path("a.fasta"), "a" * 64, "failed", 0.0, Console(file=told, width=20))  # type: ignore[arg-type]
+    assert (code, why in told.getvalue()) == (1, True)
+
+
+def test_an_airflow_that_does_not_answer_is_said_in_words(tmp_path: Path) -> None:
+    def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.ReadTimeout("timed out", request=request)
+
+    with (
+        httpx.Client(transport=httpx.MockTransport(refuse), base_url="http://airflow") as airflow,
+        pytest.raises(ServiceError, match=r"(?s)does not answer: timed out.*api-server\.log.*run this again"),
+        demo.answering_airflow(tmp_path),
+    ):
+        demo.trigger(airflow, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "error"),
     [(b">a\n" + b"ACGT" * 30, NucleotideInputError), (b"", InputError), (None, InputError)],

@@ -43,6 +43,13 @@ def test_a_secrets_file_that_cannot_be_read_is_named(
     assert caught.value.where == str(tmp_path / "missing")
 
 
+def test_a_secrets_file_that_is_no_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret").write_bytes(b"\xff\xfep\x00")
+    monkeypatch.setenv("VIRNUCPRO_BROKER_URL_FILE", str(tmp_path / "secret"))
+    with pytest.raises(SettingsError, match="broker_url could not be read: it is no text"):
+        Settings()
+
+
 @pytest.mark.parametrize(
     "url", ["mysql://me:hidden@host/base", "host=db password=hidden", "postgresql:/me:hidden@host"]
 )
@@ -97,6 +104,18 @@ def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIRNUCPRO_MAX_EXPANSION", "0")
     load_settings.cache_clear()
     with pytest.raises(SettingsError, match="VIRNUCPRO_MAX_EXPANSION"):
+        load_settings()
+    load_settings.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "name", ["LATE_HOURS", "KEEP_CHUNKS_DAYS", "LEASE_SECONDS", "STUCK_SECONDS", "REPUBLISH_SECONDS"]
+)
+def test_a_time_without_end_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The relay would fail of it, or the DAG, long after it was set."""
+    monkeypatch.setenv(f"VIRNUCPRO_{name}", "inf")
+    load_settings.cache_clear()
+    with pytest.raises(SettingsError, match=f"VIRNUCPRO_{name}: .*less than or equal"):
         load_settings()
     load_settings.cache_clear()
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -252,3 +253,19 @@ def test_a_chosen_port_is_nobody_elses_before_a_server_listens_on_it() -> None:
     assert len(set(chosen)) == 505
     with socket.create_server(("127.0.0.1", chosen[0])):
         assert choose_port(chosen[0]) != chosen[0]
+
+
+def test_two_stacks_that_start_at_once_have_ports_of_their_own() -> None:
+    """The servers of the first do not listen yet."""
+    wanted = choose_port()
+    take = f"from virnucpro_core.stack.processes import choose_port; print(choose_port({wanted}), flush=True); input()"
+    ports = set()
+    with ExitStack() as stack:
+        for _ in range(2):
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", take], text=True, **pipes))
+            stack.callback(process.communicate, "\n")
+            assert process.stdout is not None
+            ports.add(int(process.stdout.readline()))
+    assert wanted in ports
+    assert len(ports) == 2

@@ -38,6 +38,8 @@ REFUSALS = {
     errno.EACCES: "Give this user the right, or choose another folder",
     errno.EPERM: "Give this user the right, or choose another folder",
     errno.EROFS: "Choose another folder",
+    errno.EEXIST: "Move away what is there in place of a folder",
+    errno.ENOTDIR: "Move away what is there in place of a folder",
 }
 """What the system refuses for reasons that a person can mend, wherever it does; all else is a bug of ours."""
 

@@ -100,11 +100,13 @@ def up(gpus: GpusOption = "all", as_json: AsJson = False) -> None:
     A server whose URL is set is used instead of an embedded one. Data, logs and logins are kept in
     ./.virnucpro; commands that run in the same folder find the stack there.
     """
+    from virnucpro_core.stack.processes import interrupted_by_signals
     from virnucpro_core.stack.stack import Stack
 
-    description = Stack(load_settings(), gpus=gpus).start(
-        detached=True, on_step=lambda step: print_note(f"starting: {step}")
-    )
+    with interrupted_by_signals():
+        description = Stack(load_settings(), gpus=gpus).start(
+            detached=True, on_step=lambda step: print_note(f"starting: {step}")
+        )
     if as_json:
         print_json({"urls": description.urls, "logins": description.logins})
     else:
@@ -117,7 +119,7 @@ def down() -> None:
     from virnucpro_core.stack.stack import Stack
 
     stack = Stack(load_settings())
-    if stack.status():
+    if stack.supervisor.is_running():
         print_note("stopping: workers may finish what they have in hand")
     stack.stop()
 

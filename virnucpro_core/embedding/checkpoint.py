@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import tempfile
@@ -271,16 +272,19 @@ def fetch_weights(repository: str, revision: str, model_root: str | Path) -> Che
     if folder.exists():
         return inspect_checkpoint(folder)
     # Loaded late: it takes a second, and only this function needs it.
+    import huggingface_hub
     from httpx import HTTPError
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    logging.getLogger(
+        huggingface_hub.__name__
+    ).handlers.clear()  # ours has what it says, too: one line is enough
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
         arriving = Path(scratch, "checkpoint")
         try:
             for name in (CONFIG_NAME, WEIGHTS_NAME):
-                hf_hub_download(repository, name, revision=revision, local_dir=arriving)
+                huggingface_hub.hf_hub_download(repository, name, revision=revision, local_dir=arriving)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
             raise WeightsError(
                 f"the weights cannot be fetched: {str(error).strip().splitlines()[0]}",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import resources
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -10,7 +11,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, ProgrammingError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
@@ -26,6 +27,7 @@ SILENT_SECONDS = 30  # a host that says nothing for so long is away: one without
 IDLE_TIMEOUT = 20  # seconds a transaction may wait for its client: a stopped process must not keep its locks
 SERIALIZATION_FAILURE, DEADLOCK_DETECTED = "40001", "40P01"
 UNDEFINED_TABLE, INVALID_PASSWORD, INVALID_CATALOG = "42P01", "28P01", "3D000"
+INSUFFICIENT_PRIVILEGE = "42501"
 CHANGED_TABLE = "0A000"  # a statement was prepared before a migration gave its table another column
 IDLE_TOO_LONG, READ_ONLY = "25P03", "25006"  # InternalError to the driver, as if they were its own bugs
 
@@ -62,7 +64,7 @@ def open_ledger(url: str) -> Engine:
     )
 
 
-def read_url(url: str) -> URL:
+def read_url(url: str | URL) -> URL:
     try:
         found = make_url(url)
     except (ArgumentError, ValueError):
@@ -77,8 +79,9 @@ def read_url(url: str) -> URL:
     return found
 
 
-def hide_password(url: str) -> str:
-    return read_url(url).render_as_string(hide_password=True)
+def hide_password(url: str | URL) -> str:
+    """What people are shown of a URL: not its options either, of which one may be a password, too."""
+    return read_url(url).set(query={}).render_as_string(hide_password=True)
 
 
 def in_transaction(
@@ -87,9 +90,10 @@ def in_transaction(
     """Run `function(connection, ...)` in one transaction, again if PostgreSQL found a deadlock, or a table changed.
 
     Raises:
-        ServiceError: if the database cannot be reached, refuses us, drops us, takes no writes, or lacks our tables.
+        ServiceError: if the database cannot be reached, refuses us, drops us, takes no writes, or lacks our tables, or
+            our role may not do that.
     """
-    try:
+    with in_words(ledger):
         for attempt in Retrying(
             retry=retry_if_exception(is_conflict),
             stop=stop_after_attempt(TRANSACTION_ATTEMPTS),
@@ -98,6 +102,18 @@ def in_transaction(
         ):
             with attempt, ledger.begin() as connection:
                 return function(connection, *args, **kwargs)
+    raise AssertionError("Retrying either returns or raises")
+
+
+@contextmanager
+def in_words(ledger: Engine) -> Iterator[None]:
+    """What the driver says against the database or our rights there becomes our error; our own bugs stay as they are.
+
+    Raises:
+        ServiceError: as `in_transaction`.
+    """
+    try:
+        yield
     except DBAPIError as error:
         if sqlstate(error) == READ_ONLY:
             # An old primary: its connections would lead there for ever, new ones may find its successor.
@@ -106,7 +122,6 @@ def in_transaction(
         if explained is None:
             raise
         raise explained from error
-    raise AssertionError("Retrying either returns or raises")
 
 
 def sqlstate(error: BaseException) -> str | None:
@@ -119,11 +134,17 @@ def is_conflict(error: BaseException) -> bool:
 
 def explain(error: DBAPIError, ledger: Engine) -> ServiceError | None:
     """What an operator should read instead of a driver's message; None if it is our own bug."""
-    where = ledger.url.render_as_string(hide_password=True)
+    where = hide_password(ledger.url)
     said = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
     if isinstance(error, ProgrammingError) and sqlstate(error) == UNDEFINED_TABLE:
         return ServiceError(
             "the ledger's tables are missing", where=where, todo="Run `virnucpro db upgrade`."
+        )
+    if sqlstate(error) == INSUFFICIENT_PRIVILEGE:
+        return ServiceError(
+            f"PostgreSQL does not let this role do that: {said}",
+            where=where,
+            todo="Name the role that may, by the URL that is meant for it: the owner's, the DAG's or the worker's.",
         )
     if sqlstate(error) == READ_ONLY:
         return ServiceError(
@@ -135,7 +156,10 @@ def explain(error: DBAPIError, ledger: Engine) -> ServiceError | None:
             where=where,
             todo="Look for a process that was stopped, or for what it waited for.",
         )
-    if not (isinstance(error, OperationalError) or error.connection_invalidated):
+    is_option = (
+        isinstance(error, ProgrammingError) and error.statement is None
+    )  # of the URL: nothing was asked yet
+    if not (isinstance(error, OperationalError) or error.connection_invalidated or is_option):
         return None
     if sqlstate(error) == INVALID_PASSWORD or "password authentication failed" in said:
         return ServiceError(
@@ -150,9 +174,9 @@ def explain(error: DBAPIError, ledger: Engine) -> ServiceError | None:
 
 def alembic_config(url: str) -> Config:
     config = Config()
-    config.set_main_option("script_location", str(resources.files("migrations")))
-    # ConfigParser would read a password's per cent sign as an interpolation
-    config.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
+    for name, value in (("script_location", str(resources.files("migrations"))), ("sqlalchemy.url", url)):
+        # ConfigParser would read a folder's or a password's per cent sign as an interpolation
+        config.set_main_option(name, value.replace("%", "%%"))
     return config
 
 
@@ -162,14 +186,10 @@ def upgrade(url: str) -> None:
     Raises:
         ServiceError: if the database cannot be reached or refuses us.
     """
-    check_reachable(url)
-    command.upgrade(alembic_config(url), "head")
-
-
-def check_reachable(url: str) -> None:
     ledger = open_ledger(url)
     try:
-        in_transaction(ledger, lambda tx: tx.execute(text("SELECT 1")))
+        with in_words(ledger):
+            command.upgrade(alembic_config(url), "head")
     finally:
         ledger.dispose()
 
@@ -185,6 +205,6 @@ def check_migrated(ledger: Engine) -> None:
     if current != head:
         raise ServiceError(
             f"the ledger's schema is at revision {current or 'none'}, this code needs {head}",
-            where=ledger.url.render_as_string(hide_password=True),
+            where=hide_password(ledger.url),
             todo="Run `virnucpro db upgrade`, or install the version that matches the schema.",
         )

@@ -215,8 +215,9 @@ def failures_of(
     rows = tx.execute(
         text("""
             SELECT f.record, f.record_id, f.reason, f.detail
-              FROM failures f JOIN jobs j ON j.id = f.job_id AND j.generation = f.generation
-             WHERE f.job_id = :job AND f.record > :after AND (CAST(:reason AS text) IS NULL OR f.reason = :reason)
+              FROM failures f
+             WHERE f.job_id = :job AND f.generation = (SELECT generation FROM jobs WHERE id = :job)
+               AND f.record > :after AND (CAST(:reason AS text) IS NULL OR f.reason = :reason)
              ORDER BY f.record LIMIT :limit
         """).execution_options(yield_per=1000),
         {"job": job_id, "limit": limit, "after": after, "reason": reason},

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import subprocess
 import sys
 from configparser import RawConfigParser
@@ -21,6 +20,7 @@ from virnucpro_core.errors import ServiceError
 from virnucpro_core.stack.processes import (
     LOOPBACK,
     Secrets,
+    inherited_environment,
     make_private_folder,
     read_tail,
     tied_to_parent,
@@ -133,7 +133,7 @@ class Airflow:
         with log.open("ab") as output:
             done = subprocess.run(
                 tied_to_parent([sys.executable, "-m", "airflow", "db", "migrate"]),
-                env=os.environ | self.environment,
+                env=inherited_environment() | self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -154,7 +154,8 @@ class Airflow:
 def is_healthy(url: str, component: str) -> bool:
     """Whether the health page of the Airflow at `url` calls a component healthy."""
     try:
-        answer = httpx.get(f"{url}/api/v2/monitor/health", timeout=5)
+        # `trust_env` would have it asked for by way of a proxy.
+        answer = httpx.get(f"{url}/api/v2/monitor/health", timeout=5, trust_env=False)
     except httpx.TransportError:
         return False
     if not answer.is_success:
@@ -169,12 +170,13 @@ def log_in(url: str, password: str) -> httpx.Client:
     Raises:
         ServiceError: the login was refused.
     """
-    answer = httpx.post(f"{url}/auth/token", json={"username": USER, "password": password}, timeout=30)
+    login = {"username": USER, "password": password}
+    answer = httpx.post(f"{url}/auth/token", json=login, timeout=30, trust_env=False)
     if answer.is_error:
         raise ServiceError(f"Airflow refused the login ({answer.status_code})", where=url, todo="Restart it.")
     token = answer.json()["access_token"]
     headers = {"Authorization": f"Bearer {token}"}
-    return httpx.Client(base_url=f"{url}/api/v2", headers=headers, timeout=30)
+    return httpx.Client(base_url=f"{url}/api/v2", headers=headers, timeout=30, trust_env=False)
 
 
 def ask(client: httpx.Client, method: str, path: str, **body: Any) -> Any:

@@ -6,9 +6,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import psycopg
 import structlog
 
-from virnucpro_core.errors import SettingsError
+from virnucpro_core.errors import ServiceError, SettingsError
 from virnucpro_core.gpus import choose_gpus, visible_gpus
 from virnucpro_core.settings import PREFIX, DatabaseRole, Settings
 from virnucpro_core.stack.airflow import USER as AIRFLOW_USER
@@ -159,10 +160,21 @@ def choose_airflow_database(settings: Settings, postgres: PostgresServer | None)
 
 
 def provision(postgres: PostgresServer) -> None:
-    """Make the databases and roles of the ledger and of Airflow on our running server, where missing."""
-    postgres.create_ledger_database(LEDGER_DATABASE)
-    postgres.create_role(AIRFLOW_DATABASE)
-    postgres.create_database(AIRFLOW_DATABASE, owner=AIRFLOW_DATABASE)
+    """Make the databases and roles of the ledger and of Airflow on our running server, where missing.
+
+    Raises:
+        ServiceError: it cannot; its disk may be full.
+    """
+    try:
+        postgres.create_ledger_database(LEDGER_DATABASE)
+        postgres.create_role(AIRFLOW_DATABASE)
+        postgres.create_database(AIRFLOW_DATABASE, owner=AIRFLOW_DATABASE)
+    except psycopg.Error as error:
+        raise ServiceError(
+            f"the databases cannot be made: {str(error).splitlines()[0]}",
+            where=str(postgres.folder),
+            todo="Mend what it says, and try again.",
+        ) from error
 
 
 def gpus_or_cpu(gpus: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from virnucpro_core.roots import resolve_below
 from virnucpro_core.settings import Settings, load_settings
 from virnucpro_core.stack.airflow import ask, log_in
 from virnucpro_core.stack.description import STATE_FOLDER, Description, read_description
-from virnucpro_core.stack.processes import Secrets
+from virnucpro_core.stack.processes import Secrets, interrupted_by_signals
 from virnucpro_core.stack.stack import Stack
 
 DAG = "virnucpro_ingest"
@@ -68,14 +67,14 @@ def run_demo(fasta: Path, *, state_folder: Path = STATE_FOLDER, console: Console
             style="bold yellow",
         )
     )
-    with interrupted_by_sigterm(), running_stack(settings, state_folder, console) as description:
+    with interrupted_by_signals(), running_stack(settings, state_folder, console) as description:
         resolve_below(fasta, load_settings().input_folders)
         ledger = open_ledger(load_settings().database_url_for("owner"))
         try:
             in_transaction(ledger, register_checkpoint, MODEL, checkpoint, load_settings().model_root)
             password = Secrets(state_folder / "secrets").read("airflow-admin")
             started = time.time()
-            with log_in(description.urls["Airflow"], password) as airflow:
+            with answering_airflow(state_folder), log_in(description.urls["Airflow"], password) as airflow:
                 run = trigger(airflow, fasta.absolute())
                 state = follow(airflow, run, ledger, sha256, console)
                 if state == "failed":
@@ -91,20 +90,10 @@ def read_also(settings: Settings, file: Path) -> Settings:
 
 
 @contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM (as `make` sends it when it is stopped) unwinds like Ctrl-C, so that everything is stopped."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-@contextmanager
 def running_stack(settings: Settings, state_folder: Path, console: Console) -> Iterator[Description]:
     """The stack of a state folder, whose settings become this process's; started and stopped if need be."""
     stack = Stack(settings, state_folder)
-    description = read_description(state_folder) if stack.status() else None
+    description = read_description(state_folder)
     is_ours = description is None
     if description is None:
         with console.status("starting") as status:
@@ -117,6 +106,23 @@ def running_stack(settings: Settings, state_folder: Path, console: Console) -> I
         if is_ours:
             with console.status("stopping"):
                 stack.stop()
+
+
+@contextmanager
+def answering_airflow(state_folder: Path) -> Iterator[None]:
+    """Airflow's silence is an error in words: its API server may be short of memory, or of time.
+
+    Raises:
+        ServiceError: it does not answer.
+    """
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise ServiceError(
+            f"Airflow does not answer: {error}",
+            where=str(state_folder / "logs" / "api-server.log"),
+            todo="Read its log, and run this again: it goes on with what is not done yet.",
+        ) from error
 
 
 def trigger(airflow: httpx.Client, fasta: Path) -> str:
@@ -240,7 +246,9 @@ def summarise(
         )
     console.print(f"job {job.id}: {job.state}; DAG run: {run_state}")
     if job.state != "succeeded":
-        console.print(f"[bold red]{job.error or 'no error is recorded'}[/]")
+        # Markup is what looks like it: an error ends in [/the/file/that/it/is/about].
+        why = job.error or "no error is recorded"
+        console.print(why, style="bold red", markup=False, highlight=False, soft_wrap=True)
         return 1
     submission = in_transaction(ledger, find_submission, job.id, str(fasta))
     folder = load_settings().output_root / submission.folder(job.input_sha256, job.recipe_sha256)

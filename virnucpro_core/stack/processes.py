@@ -9,13 +9,15 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from virnucpro_core.errors import ServiceError
 from virnucpro_core.features.files import new_file
+from virnucpro_core.settings import PREFIX
 
 LOOPBACK = "127.0.0.1"
 SECRET_BYTES = 48  # 64 characters, what the signatures of Airflow's tokens want
@@ -27,6 +29,7 @@ RUN_UNLESS_ORPHANED = (
     f'test "$PPID" = "$1" || test "$PPID" = "${SUPERVISORD_PID}" || '
     '{ echo "not started: its parent has died" >&2; exit 1; }; shift; exec "$@"'
 )
+SETTINGS = (PREFIX, "AIRFLOW__")  # how they begin; those of Airflow may be meant for one of the user's own
 STOP_SECONDS = 30.0  # after the stop signal, before SIGKILL
 POLL_SECONDS = 0.2
 
@@ -34,10 +37,11 @@ POLL_SECONDS = 0.2
 def choose_port(preferred: int | None = None) -> int:
     """A loopback TCP port nobody listens on: `preferred` where it is free, else any.
 
-    As long as this process lives, nobody else who asks for any port gets this one: a server takes its time to listen.
+    As long as this process lives, nobody else who asks here for that port, or for any, gets this one: a server takes
+    its time to listen.
     """
     for port in (preferred, 0):
-        if port is None:
+        if port is None or not (port == 0 or claim_port(port)):
             continue
         with socket.socket() as probe:
             # Servers set it too: without it, connections in TIME_WAIT of a stack just stopped would count.
@@ -52,6 +56,19 @@ def choose_port(preferred: int | None = None) -> int:
             probe.detach()
             return chosen
     raise ServiceError("no TCP port is free on the loopback interface", todo="Stop what holds them.")
+
+
+def claim_port(port: int) -> bool:
+    """Keep other stacks that start now from this port; False if one of them has it."""
+    with socket.socket(socket.AF_UNIX) as claim:
+        try:
+            claim.bind(
+                f"\0virnucpro-port-{port}"
+            )  # a name without a file, which the kernel drops with this process
+        except OSError:
+            return False
+        claim.detach()
+        return True
 
 
 def write_private(path: Path, text: str) -> None:
@@ -96,6 +113,17 @@ class Secrets:
         return self.folder / name
 
 
+def inherited_environment() -> dict[str, str]:
+    """This process's environment for the stack's programs: without settings, which each is given its own of.
+
+    Where it names a proxy, they reach each other without it.
+    """
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    direct = f"{named},{LOOPBACK}" if named else LOOPBACK
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
+    return kept | {"no_proxy": direct, "NO_PROXY": direct}
+
+
 def tied_to_parent(argv: Sequence[str], stop_signal: signal.Signals = signal.SIGTERM) -> list[str]:
     """A command line whose process gets `stop_signal` when its parent dies, even by SIGKILL.
 
@@ -108,6 +136,23 @@ def tied_to_parent(argv: Sequence[str], stop_signal: signal.Signals = signal.SIG
 def die_with_parent() -> None:
     """Have the kernel kill this process as soon as its parent ends, however it ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """SIGTERM (as `make` sends it when it is stopped) and SIGHUP (its terminal is closed) unwind like Ctrl-C.
+
+    So everything is stopped. A signal that is ignored, as by `nohup`, stays so.
+    """
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in previous.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def read_tail(log: Path, lines: int = 20) -> str:

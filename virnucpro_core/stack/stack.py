@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -61,17 +63,27 @@ class Stack:
             on_step: told what is being waited for.
 
         Raises:
-            ServiceError: something did not start, or a stack runs already; nothing new is left running.
+            ServiceError: something did not start, or a stack runs or is being started already; nothing new is left
+                running.
             SettingsError: the settings name some servers but not all that belong together.
         """
-        if self.supervisor.is_running():
-            raise ServiceError(
-                "a stack is running already",
-                where=str(self.folder),
-                todo="Use it (the file `logins` there says where its pages are), or stop it with `make down`.",
-            )
         tell = on_step or (lambda step: log.info("starting", step=step))
         make_private_folder(self.folder)
+        with only_starter(self.folder):
+            if self.supervisor.is_running():
+                if (self.folder / FILE).exists():
+                    raise ServiceError(
+                        "a stack is running already",
+                        where=str(self.folder),
+                        todo="Use it (the file `logins` there says where its pages are), or stop it with `make down`.",
+                    )
+                # It is being stopped, or whoever started it was killed before it was complete.
+                tell("once the last one is gone")
+                self.supervisor.shutdown()
+            return self._start(detached, tell)
+
+    def _start(self, detached: bool, tell: Callable[[str], None]) -> Description:
+        (self.folder / FILE).unlink(missing_ok=True)
         for name in FOLDERS:
             getattr(self.settings, name).mkdir(parents=True, exist_ok=True)
         parts = compose(self.settings, self.folder, gpus=self.gpus, fixed_ports=self.fixed_ports)
@@ -146,6 +158,25 @@ class Stack:
         )
 
 
+@contextmanager
+def only_starter(folder: Path) -> Iterator[None]:
+    """Nobody else starts a stack in a state folder meanwhile: two would write one configuration.
+
+    Raises:
+        ServiceError: somebody else does.
+    """
+    with (folder / "starting").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ServiceError(
+                "a stack is being started already", where=str(folder), todo="Wait until it is up."
+            ) from error
+        except OSError as error:  # some clusters' file systems have no locks
+            log.warning("file_system_without_locks", folder=str(folder), reason=error.strerror)
+        yield
+
+
 def has_workers(ledger: Engine, since: datetime) -> bool:
     """Whether each queue has a worker that entered the ledger since then."""
     workers = in_transaction(ledger, live_workers)
@@ -155,6 +186,6 @@ def has_workers(ledger: Engine, since: datetime) -> bool:
 def is_answering(url: str) -> bool:
     """Whether a page answers without an error."""
     try:
-        return httpx.get(url, timeout=5).is_success
+        return httpx.get(url, timeout=5, trust_env=False).is_success
     except httpx.TransportError:
         return False

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -23,11 +24,11 @@ import structlog
 from supervisor.xmlrpc import SupervisorTransport
 
 from virnucpro_core.errors import ServiceError, SettingsError
-from virnucpro_core.settings import PREFIX
 from virnucpro_core.stack.description import SOCKET
 from virnucpro_core.stack.processes import (
     POLL_SECONDS,
     SUPERVISORD_PID,
+    inherited_environment,
     read_tail,
     tied_to_parent,
     wait_until,
@@ -38,6 +39,8 @@ LONGEST_SOCKET_NAME = 96  # bytes; the kernel takes 107, and supervisord appends
 ENDED = ("FATAL", "EXITED", "STOPPED", "UNKNOWN")
 START_RETRIES = 1_000_000  # supervisord's default of 3 would end a service for good in an outage of 15 s
 FIRST_START_SECONDS = 5.0  # beyond its `settle_seconds`; what four tries of a program take that ends at once
+
+UCRED = struct.Struct("3i")  # what the kernel tells of who listens on a unix socket: process, user, group
 
 log = structlog.get_logger()
 
@@ -110,25 +113,25 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # Programs get the settings that they are given, not also those of whoever started the stack.
-                env={name: value for name, value in os.environ.items() if not name.startswith(PREFIX)},
+                env=inherited_environment(),
                 start_new_session=True,  # a terminal's Ctrl-C is for us alone: we stop it in order
             )
-        wait_until(
-            self.is_running,
-            name="supervisord",
-            log=self.log_of("supervisord"),
-            seconds=30,
-            alive=lambda: process.poll() is None,
-        )
+        try:
+            wait_until(
+                self.is_running,
+                name="supervisord",
+                log=self.log_of("supervisord"),
+                seconds=30,
+                alive=lambda: process.poll() is None,
+            )
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
 
     def is_running(self) -> bool:
-        """Whether a supervisord answers on the socket."""
-        try:
-            self._ask("getState")
-        except ServiceError:
-            return False
-        return True
+        """Whether a supervisord listens on the socket; also one that is ending, and answers no question any more."""
+        return self._find() is not None
 
     def start(self, program: str) -> None:
         """Start a program; `states` tells what became of it."""
@@ -157,14 +160,13 @@ class Supervisor:
         return int(self._ask("getProcessInfo", self._full_name(program))["pid"])
 
     def shutdown(self, seconds: float = 120.0) -> None:
-        """Stop every program and supervisord; returns when no process of theirs is left.
-
-        Raises:
-            ServiceError: supervisord did not answer.
-        """
-        supervisord = psutil.Process(self._ask("getPID"))
-        family = [supervisord, *supervisord.children(recursive=True)]
-        self._ask("shutdown")
+        """Stop every program and supervisord, if it runs; returns when no process of theirs is left."""
+        supervisord = self._find()
+        if supervisord is None:
+            return
+        family = [supervisord, *children_of(supervisord)]
+        with suppress(psutil.NoSuchProcess):
+            supervisord.terminate()
         deadline = time.monotonic() + seconds
         while is_alive(supervisord) and time.monotonic() < deadline:
             # A program may start processes while it stops: they are ours to see gone too.
@@ -176,6 +178,16 @@ class Supervisor:
         if self.process is not None:
             self.process.wait()
         psutil.wait_procs(family, timeout=10)
+
+    def _find(self) -> psutil.Process | None:
+        """The supervisord that listens on the socket."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(self.socket))
+                credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
+                return psutil.Process(UCRED.unpack(credentials)[0])
+            except (OSError, psutil.NoSuchProcess):
+                return None
 
     def _full_name(self, program: str) -> str:
         if not self.groups:
@@ -215,7 +227,7 @@ class Supervisor:
             "pidfile": escape(str(self.folder / "supervisord.pid")),
             "childlogdir": escape(str(self.folder / "logs")),
             "umask": "027",
-            "environment": escape(f"PYTHONPATH={quote(str(working_folder))}"),
+            "environment": escape(escape(f"PYTHONPATH={quote(str(working_folder))}")),  # it is expanded twice
         }
         for program in programs:
             pairs = [f"{name}={quote(value)}" for name, value in program.environment.items()]
@@ -232,7 +244,7 @@ class Supervisor:
                 "stopasgroup": str(program.signal_children).lower(),
                 "killasgroup": "true",
                 "redirect_stderr": "true",
-                "stdout_logfile": escape(str(self.log_of(program.name))),
+                "stdout_logfile": escape(escape(str(self.log_of(program.name)))),  # so is this
                 "stdout_logfile_maxbytes": "20MB",
                 "stdout_logfile_backups": "2",
             }

@@ -50,7 +50,7 @@ class ValkeyServer:
             "port": str(self.port),
             "protected-mode": "yes",
             "requirepass": self.secrets.read(PASSWORD),
-            "dir": f'"{self.folder}"',
+            "dir": quote(str(self.folder)),
             "appendonly": "yes",
             "appendfsync": "everysec",
             "save": '""',
@@ -68,7 +68,9 @@ class ValkeyServer:
 
     def command(self) -> list[str]:
         """The server's command line, in the foreground."""
-        return tied_to_parent([str(find_binary()), str(self.configuration)], STOP_SIGNAL)
+        # A name it would take for a pattern; where none is found, it runs without a configuration, and a password.
+        read = ["sh", "-c", 'exec "$1" - < "$2"', "read", str(find_binary()), str(self.configuration)]
+        return tied_to_parent(read, STOP_SIGNAL)
 
     def process(self, log: Path) -> ServerProcess:
         """The server as a child of this process, not yet started."""
@@ -87,6 +89,12 @@ class ValkeyServer:
             return False
         finally:
             client.close()
+
+
+def quote(text: str) -> str:
+    """A value of the configuration, in quotes."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def find_binary() -> Path:
