@@ -276,9 +276,8 @@ def fetch_weights(repository: str, revision: str, model_root: str | Path) -> Che
     from httpx import HTTPError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    logging.getLogger(
-        huggingface_hub.__name__
-    ).handlers.clear()  # ours has what it says, too: one line is enough
+    # What it says comes to our handler, too: one line is enough.
+    logging.getLogger(huggingface_hub.__name__).handlers.clear()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
         arriving = Path(scratch, "checkpoint")

@@ -156,9 +156,8 @@ def explain(error: DBAPIError, ledger: Engine) -> ServiceError | None:
             where=where,
             todo="Look for a process that was stopped, or for what it waited for.",
         )
-    is_option = (
-        isinstance(error, ProgrammingError) and error.statement is None
-    )  # of the URL: nothing was asked yet
+    # Of the URL: nothing was asked yet.
+    is_option = isinstance(error, ProgrammingError) and error.statement is None
     if not (isinstance(error, OperationalError) or error.connection_invalidated or is_option):
         return None
     if sqlstate(error) == INVALID_PASSWORD or "password authentication failed" in said:

@@ -62,9 +62,8 @@ def claim_port(port: int) -> bool:
     """Keep other stacks that start now from this port; False if one of them has it."""
     with socket.socket(socket.AF_UNIX) as claim:
         try:
-            claim.bind(
-                f"\0virnucpro-port-{port}"
-            )  # a name without a file, which the kernel drops with this process
+            # A name without a file, which the kernel drops with this process.
+            claim.bind(f"\0virnucpro-port-{port}")
         except OSError:
             return False
         claim.detach()
