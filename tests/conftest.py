@@ -46,6 +46,7 @@ def pytest_configure() -> None:
     os.environ["AIRFLOW_HOME"] = tempfile.mkdtemp(prefix="airflow-")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep together what shares servers: a file's tests, and all that need the whole stack."""
     for item in items:
@@ -55,6 +56,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["AIRFLOW_HOME"])
+
+
+@pytest.fixture
+def near_root() -> Iterator[Path]:
+    """A folder with a short path, for a stack's state: `tmp_path` may leave no room for a socket's name."""
+    with tempfile.TemporaryDirectory(prefix="stack-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -220,11 +220,13 @@ def processes_of(folder: Path) -> list[object]:
 
 
 @pytest.fixture
-def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
+def broken(near_root: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
     """A stack that cannot start."""
     monkeypatch.setattr("virnucpro_core.stack.valkey.DATABASES", "no number")
-    settings = Settings(inbox=tmp_path / "in", output_root=tmp_path / "out", model_root=tmp_path / "models")
-    return Stack(settings, tmp_path / STATE_FOLDER, gpus="none", fixed_ports=False)
+    settings = Settings(
+        inbox=near_root / "in", output_root=near_root / "out", model_root=near_root / "models"
+    )
+    return Stack(settings, near_root / STATE_FOLDER, gpus="none", fixed_ports=False)
 
 
 def test_one_that_cannot_start_says_why_and_leaves_nothing(broken: Stack) -> None:
@@ -239,20 +241,23 @@ def interrupt_up(folder: Path, number: signal.Signals) -> int:
     command = [sys.executable, "-m", "virnucpro_core.cli", "up", "--gpus", "none"]
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as up:
         assert up.stderr is not None
-        assert any("servers" in line for line in up.stderr)
+        said = []
+        while "servers" not in "".join(said):
+            said.append(up.stderr.readline())
+            assert said[-1], f"it ended: {''.join(said)}"
         up.send_signal(number)
         up.stderr.read()
     return up.returncode
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_up_that_is_interrupted_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
-    assert interrupt_up(tmp_path, number) == INTERRUPTED
-    assert processes_of(tmp_path / STATE_FOLDER) == []
+def test_up_that_is_interrupted_leaves_nothing(number: signal.Signals, near_root: Path) -> None:
+    assert interrupt_up(near_root, number) == INTERRUPTED
+    assert processes_of(near_root / STATE_FOLDER) == []
 
 
-def test_what_a_killed_up_leaves_does_not_keep_the_next_from_starting(broken: Stack, tmp_path: Path) -> None:
-    assert interrupt_up(tmp_path, signal.SIGKILL) == -signal.SIGKILL
+def test_what_a_killed_up_leaves_does_not_keep_the_next_from_starting(broken: Stack, near_root: Path) -> None:
+    assert interrupt_up(near_root, signal.SIGKILL) == -signal.SIGKILL
     assert processes_of(broken.folder) != []
     with pytest.raises(ServiceError, match=r"(?s)valkey.*log ends:.*no number"):
         broken.start()

@@ -80,8 +80,8 @@ def test_a_program_gets_its_environment_and_no_setting_of_ours(
     eventually(lambda: log.exists() and log.read_text() == f"{awkward} []\n")
 
 
-def test_a_folders_name_may_hold_what_supervisord_expands(tmp_path: Path) -> None:
-    folder = tmp_path / "100%_of it"
+def test_a_folders_name_may_hold_what_supervisord_expands(near_root: Path) -> None:
+    folder = near_root / "100%_of it"
     folder.mkdir()
     supervisor = Supervisor(folder)
     try:
