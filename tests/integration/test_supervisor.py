@@ -75,6 +75,7 @@ def test_a_program_gets_its_environment_and_no_setting_of_ours(
     monkeypatch.setenv(
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", "postgresql://somebody:secret@elsewhere/airflow"
     )
+    monkeypatch.setenv("FLOWER_PORT", "tcp://somebody:secret@elsewhere:5555")
     awkward = "100%, it's a=b; back\\slash"
     launch(supervisor, python("printer", PRINTER, environment={"TOLD": awkward}))
     log = supervisor.log_of("printer")
