@@ -104,9 +104,10 @@ def _mig_uuids(device: object) -> list[str]:
 def apply_mask(gpus: Sequence[Gpu], mask: str | None) -> list[Gpu]:
     """The GPUs that an inherited CUDA_VISIBLE_DEVICES leaves us, in its order.
 
-    As CUDA does it: entries are indices or (beginnings of) UUIDs, and the first that names nothing ends the
-    list. Two differences: indices count in PCI order whatever CUDA_DEVICE_ORDER says, and a whole GPU in MIG
-    mode stands for all of its instances, where CUDA would take the first.
+    As CUDA does it: entries are indices or (beginnings of) UUIDs, and `-1` ends the list. Three differences: what
+    else names nothing is passed over, where CUDA would end the list there, too: it may be a GPU that the driver has
+    lost, which must not keep those behind it idle. Indices count in PCI order whatever CUDA_DEVICE_ORDER says. A
+    whole GPU in MIG mode stands for all of its instances, where CUDA would take the first.
 
     Args:
         mask: the variable's value; None if it is not set, which leaves all.
@@ -115,10 +116,9 @@ def apply_mask(gpus: Sequence[Gpu], mask: str | None) -> list[Gpu]:
         return list(gpus)
     left: list[Gpu] = []
     for entry in (part.strip() for part in mask.split(",")):
-        named = [gpu for gpu in gpus if _is_named(gpu, entry)]
-        if not named:
+        if entry == "-1":
             break
-        left.extend(gpu for gpu in named if gpu not in left)
+        left.extend(gpu for gpu in gpus if _is_named(gpu, entry) and gpu not in left)
     return left
 
 

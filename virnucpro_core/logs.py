@@ -91,8 +91,9 @@ def configure_logging(minimum: int = logging.INFO) -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(minimum),
         # Asked for when a line is written: a program that replaces its stderr (Celery, a test)
-        # keeps its lines.
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+        # keeps its lines. It writes a line and its end at once: processes share a pipe, and another's line may come
+        # between two writes. (One of more than PIPE_BUF bytes, 4096, is whole only while the pipe has room for it.)
+        logger_factory=lambda *_: structlog.WriteLogger(sys.stderr),
     )
     root = logging.getLogger()
     if not any(isinstance(handler, ToStructlog) for handler in root.handlers):

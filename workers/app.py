@@ -40,9 +40,14 @@ SOCKET_TIMEOUT = 5.0
 no connection. Above the second within which BRPOP is answered; far below the database's `IDLE_TIMEOUT`, as the
 relay publishes inside a transaction."""
 
-BROKERS_OF_OTHERS = ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL")
-"""Variables that Celery heeds before its configuration. Ours has one broker, and they may be meant for another program:
-nobody's messages are to be mixed with ours."""
+VARIABLES_OF_OTHERS = (
+    "CELERY_BROKER_URL",
+    "CELERY_BROKER_READ_URL",
+    "CELERY_BROKER_WRITE_URL",
+    "CELERY_RESULT_BACKEND",
+)
+"""Variables that Celery heeds before its configuration. Ours has one broker and no results, and they may be meant for
+another program: nobody's messages are to be mixed with ours, and what keeps its results need not be installed here."""
 
 TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "workers.transport:Transport"))
 
@@ -53,7 +58,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
     Raises:
         SettingsError: if no broker is named.
     """
-    for name in BROKERS_OF_OTHERS:
+    for name in VARIABLES_OF_OTHERS:
         os.environ.pop(name, None)
     return {
         "broker_url": settings.require_broker_url(),

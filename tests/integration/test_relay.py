@@ -104,6 +104,7 @@ def test_messages_go_to_our_broker_whatever_variables_name_for_another_program(
 ) -> None:
     for name in ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"):
         monkeypatch.setenv(name, "memory://another")
+    monkeypatch.setenv("CELERY_RESULT_BACKEND", "django-db")
     with make_app(load_settings) as celery:
         relay = Relay(load_settings(), celery, Event())
         relay.turn()

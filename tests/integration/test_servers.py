@@ -142,21 +142,41 @@ PREPARER = """
 """
 
 
-def test_a_cluster_that_was_half_made_is_made_again(tmp_path: Path) -> None:
-    argv = [sys.executable, "-c", textwrap.dedent(PREPARER), str(tmp_path)]
+def kill_preparer(folder: Path, made: str) -> list[psutil.Process]:
+    """Kill who makes a cluster as soon as one of its files is there; returns the programs that were at work."""
+    argv = [sys.executable, "-c", textwrap.dedent(PREPARER), str(folder)]
     with subprocess.Popen(argv) as preparer:
-        # PG_VERSION is initdb's first file.
-        while not list(tmp_path.glob("postgres/*/PG_VERSION")):
+        while not list(folder.glob(f"postgres/*/{made}")):
             assert preparer.poll() is None
             time.sleep(0.005)
         programs = psutil.Process(preparer.pid).children(recursive=True)
         preparer.kill()
+    return programs
+
+
+def test_a_cluster_that_was_half_made_is_made_again(tmp_path: Path) -> None:
+    # PG_VERSION is initdb's first file.
+    programs = kill_preparer(tmp_path, "PG_VERSION")
     _, left = psutil.wait_procs(programs, timeout=60)
     assert not left, "initdb ends with whoever asked for it"
     server = PostgresServer(tmp_path / "postgres", choose_port(), Secrets(tmp_path / "secrets"))
     server.prepare()
     with server.process(tmp_path / "log") as process:
         process.start(server.is_ready)
+
+
+def test_a_cluster_is_made_while_the_last_initdb_is_not_gone_yet(tmp_path: Path) -> None:
+    """It ends only after the program that it waits for, and removes what it has made."""
+    # That program does the rest from here, for a second or more.
+    programs = kill_preparer(tmp_path, "base/1/PG_VERSION")
+    server = PostgresServer(tmp_path / "postgres", choose_port(), Secrets(tmp_path / "secrets"))
+    server.prepare()
+    _, left = psutil.wait_procs(programs, timeout=60)
+    assert not left
+    with server.process(tmp_path / "log") as process:
+        process.start(server.is_ready)
+    server.prepare()
+    assert [path.name for path in server.folder.iterdir()] == ["data"]
 
 
 def test_a_server_that_cannot_start_shows_the_end_of_its_log(

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -74,6 +75,7 @@ def test_a_program_gets_its_environment_and_no_setting_of_ours(
     monkeypatch.setenv(
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", "postgresql://somebody:secret@elsewhere/airflow"
     )
+    monkeypatch.setenv("FLOWER_PORT", "tcp://somebody:secret@elsewhere:5555")
     awkward = "100%, it's a=b; back\\slash"
     launch(supervisor, python("printer", PRINTER, environment={"TOLD": awkward}))
     log = supervisor.log_of("printer")
@@ -143,7 +145,7 @@ def test_shutdown_leaves_no_process(supervisor: Supervisor) -> None:
 
 def test_one_that_is_ending_is_waited_for(supervisor: Supervisor) -> None:
     """Whoever told it to was interrupted: until it is gone nothing else starts there, nor is it said to be gone."""
-    launch(supervisor, python("deaf", DEAF, stop_seconds=2))
+    launch(supervisor, python("deaf", DEAF, stop_seconds=600))
     eventually(lambda: supervisor.log_of("deaf").exists() and "deaf" in supervisor.log_of("deaf").read_text())
     deaf = psutil.Process(supervisor.pid("deaf"))
     supervisord = deaf.parent()
@@ -152,8 +154,11 @@ def test_one_that_is_ending_is_waited_for(supervisor: Supervisor) -> None:
     log = supervisor.log_of("supervisord")
     eventually(lambda: "waiting for deaf to die" in log.read_text())
     assert supervisor.is_running()
-    supervisor.shutdown()
-    assert not is_alive(deaf)
+    with ThreadPoolExecutor(1) as pool:
+        gone = pool.submit(supervisor.shutdown)
+        deaf.kill()
+        gone.result()
+    assert not is_alive(supervisord)
     assert not supervisor.is_running()
 
 

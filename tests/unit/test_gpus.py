@@ -10,7 +10,17 @@ import pytest
 from structlog.testing import capture_logs
 
 from virnucpro_core.errors import ExecutionError, SettingsError
-from virnucpro_core.gpus import AGAIN_SECONDS, MASK, Gpu, GpuMeter, GpuUse, apply_mask, choose_gpus, list_gpus
+from virnucpro_core.gpus import (
+    AGAIN_SECONDS,
+    MASK,
+    Gpu,
+    GpuMeter,
+    GpuUse,
+    apply_mask,
+    choose_gpus,
+    list_gpus,
+    visible_gpus,
+)
 from virnucpro_core.stack.composition import gpus_or_cpu
 
 pytestmark = pytest.mark.unit
@@ -30,7 +40,8 @@ GPUS = [A, B, C1, C2]
         ("-1", []),
         ("NoDevFiles", []),
         ("1,0", [B, A]),
-        ("0,7,1", [A]),
+        ("0,7,1", [A, B]),
+        ("0,-1,1", [A]),
         ("0,0", [A]),
         ("GPU-bbbb2222", [B]),
         ("GPU-bb, GPU-aa", [B, A]),
@@ -156,6 +167,9 @@ def test_gpu_that_cannot_be_asked_is_left_out(code: int, monkeypatch: pytest.Mon
     with capture_logs() as logs:
         assert list_gpus() == [B]
     assert [(entry["event"], entry["index"]) for entry in logs] == [("gpu_left_out", 0)]
+    for mask in (None, "0,1", "1,0", "GPU-aaaa1111,GPU-bbbb2222"):
+        assert visible_gpus({} if mask is None else {MASK: mask}) == [B]
+    assert visible_gpus({MASK: "0"}) == []
 
 
 def test_meter_of_an_instance_knows_its_memory_alone(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import socket
 import subprocess
 import sys
 
@@ -46,3 +47,26 @@ def test_lines_are_text_on_a_terminal() -> None:
     os.close(leader)
     assert "shown" in seen
     assert '"event"' not in seen
+
+
+@pytest.mark.parametrize("environment", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("letters", [10, 9000], ids=["short", "beyond a buffer"])
+def test_a_line_and_its_end_are_written_at_once(environment: dict[str, str], letters: int) -> None:
+    """Between two writes, another process that shares the pipe would put a line of its own."""
+    # A packet is what one write has written.
+    reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with reader, writer:
+        subprocess.run(
+            [sys.executable, "-c", LOG.replace("shown", "s" * letters)],
+            env=inherited | environment,
+            stderr=writer,
+            check=True,
+            timeout=60,
+        )
+        writer.close()
+        written = list(iter(lambda: reader.recv(100_000), b""))
+    assert len(written) == 2
+    for line in written:
+        assert line.endswith(b"}\n")
+        json.loads(line)

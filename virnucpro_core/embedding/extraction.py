@@ -102,7 +102,6 @@ def extract(
         InputError: the file cannot be used as a whole; a bad record is a failure instead.
         WeightsError, ExecutionError: as `load_fast_esm` does; others took the GPU's memory since.
         SettingsError: the truncation leaves no residue.
-        WeightsError, ExecutionError: as `load_fast_esm` does.
     """
     started = time.perf_counter()
     if truncation < 1:

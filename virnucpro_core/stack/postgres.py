@@ -76,10 +76,11 @@ class PostgresServer:
         password_file = self.folder / "superuser-password"
         write_private(password_file, self.secrets.read(password_name(SUPERUSER)))
         self._hand_over(self.folder, password_file)
-        # Under another name until it is complete: who is killed meanwhile must not leave half a cluster for one.
-        unfinished = self.folder / "unfinished"
-        if unfinished.exists():
-            shutil.rmtree(unfinished)
+        # Under another name until it is complete: who is killed meanwhile must not leave half a cluster for one. Under
+        # its own: the initdb of who was killed lives for some seconds yet, and then removes what it has made.
+        for left in self.folder.glob("unfinished-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        unfinished = self.folder / f"unfinished-{os.getpid()}"
         arguments = ["--pgdata", str(unfinished), "--username", SUPERUSER, "--pwfile", str(password_file)]
         arguments += ["--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C"]
         try:

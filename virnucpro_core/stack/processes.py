@@ -29,7 +29,8 @@ RUN_UNLESS_ORPHANED = (
     f'test "$PPID" = "$1" || test "$PPID" = "${SUPERVISORD_PID}" || '
     '{ echo "not started: its parent has died" >&2; exit 1; }; shift; exec "$@"'
 )
-SETTINGS = (PREFIX, "AIRFLOW__")  # how they begin; those of Airflow may be meant for one of the user's own
+# How they begin; those of Airflow and Flower may be meant for one of the user's own.
+SETTINGS = (PREFIX, "AIRFLOW__", "FLOWER_")
 STOP_SECONDS = 30.0  # after the stop signal, before SIGKILL
 POLL_SECONDS = 0.2
 
