@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(5400)]
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 RECORDS = 1000
 BAD = {100: ">empty\n", 500: ">digits\nMKV1AG\n", 900: ">\nMKVAG\n"}  # a record each that must fail
+RUNS = "/dags/virnucpro_ingest/dagRuns?run_type=manual"  # the night's may begin beside them
 WEIGHTS = """
 from virnucpro_core.embedding.demonstration import write_demo_weights
 write_demo_weights("/data/models/demo", layers=1)
@@ -261,10 +262,10 @@ def test_drained_worker_loses_nothing(deployment: Deployment) -> None:
 
 def test_upkeep_takes_nothing_that_is_young(deployment: Deployment) -> None:
     with deployment.airflow() as airflow:
-        runs = ask(airflow, "GET", "/dags/virnucpro_ingest/dagRuns")["total_entries"]
+        runs = ask(airflow, "GET", RUNS)["total_entries"]
         assert runs
         deployment.follow("Keep it running")
-        assert ask(airflow, "GET", "/dags/virnucpro_ingest/dagRuns")["total_entries"] == runs
+        assert ask(airflow, "GET", RUNS)["total_entries"] == runs
 
 
 def test_all_is_restored_on_a_new_machine(deployment: Deployment) -> None:
@@ -277,7 +278,7 @@ def test_all_is_restored_on_a_new_machine(deployment: Deployment) -> None:
     assert all(before)
     with deployment.airflow() as airflow:
         ask(airflow, "POST", "/variables", key="hidden", value="by the Fernet key")
-        runs = ask(airflow, "GET", "/dags/virnucpro_ingest/dagRuns")["dag_runs"]
+        runs = ask(airflow, "GET", RUNS)["dag_runs"]
         assert runs
     deployment.follow("Back up")
     deployment.down()
@@ -291,7 +292,7 @@ def test_all_is_restored_on_a_new_machine(deployment: Deployment) -> None:
     assert deployment.ask("verify", "1")["passed"]
     with deployment.airflow() as airflow:
         assert ask(airflow, "GET", "/variables/hidden")["value"] == "by the Fernet key"
-        restored = ask(airflow, "GET", "/dags/virnucpro_ingest/dagRuns")["dag_runs"]
+        restored = ask(airflow, "GET", RUNS)["dag_runs"]
         assert {run["dag_run_id"]: run["state"] for run in restored} == {
             run["dag_run_id"]: run["state"] for run in runs
         }
