@@ -53,7 +53,7 @@ TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "workers.transport:T
 
 
 def configuration(settings: Settings) -> dict[str, Any]:
-    """Celery's configuration.
+    """Celery's configuration; takes `VARIABLES_OF_OTHERS` out of this process's environment, which would outdo it.
 
     Raises:
         SettingsError: if no broker is named.
